@@ -1,0 +1,146 @@
+"""KTOConfig: TRL 1.16's names and defaults, plus the fields that are fastkto's own."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from fastkto.loss import LOSS_TYPES
+
+
+@dataclass
+class KTOConfig(TrainingArguments):
+    """Arguments of `KTOTrainer`: those of `transformers.TrainingArguments` and the ones below.
+
+    Names and defaults are those of TRL 1.16's `KTOConfig`, with two differences. `bf16` is on by
+    default only where the device supports it (TRL's default raises an error on a CPU), and every
+    `train_sampling_strategy` is allowed, because sequences are paired when a batch is formed.
+
+    Defaults that differ from `TrainingArguments`: `learning_rate` 1e-6, `logging_steps` 10,
+    `gradient_checkpointing` on, `bf16` on where supported, `train_sampling_strategy` sequential.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every so many steps; below 1: a share of all steps."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=True,
+        metadata={"help": "Recompute activations in backward instead of storing them."},
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bfloat16 autocast. Default: on if the GPU supports it, fp16 is off."},
+    )
+    train_sampling_strategy: str = field(
+        default="sequential",
+        metadata={
+            "help": "Order of the training rows. Any is valid with any loss.",
+            "choices": ["random", "sequential", "group_by_length"],
+        },
+    )
+
+    # The model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of `from_pretrained`, when `model` is a path or id."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow models and tokenizers that ship their own code."}
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of a mixture-of-experts model's load-balancing loss. Default: the "
+            "model config's; 0 turns it off."
+        },
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set every dropout probability of both models to 0."}
+    )
+
+    # The data
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise the data set."}
+    )
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Longest sequence, in tokens; the end of longer ones is cut. None: any."},
+    )
+
+    # The loss
+    loss_type: str = field(
+        default="kto", metadata={"help": "Loss to train with.", "choices": list(LOSS_TYPES)}
+    )
+    beta: float = field(
+        default=0.1,
+        metadata={"help": "Weight of the log-ratio: higher keeps closer to the reference."},
+    )
+    desirable_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the losses of desirable rows."}
+    )
+    undesirable_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the losses of undesirable rows."}
+    )
+
+    # fastkto's own
+    max_tokens_per_pass: int = field(
+        default=8192,
+        metadata={
+            "help": "Most tokens in one pass of the model; a longer sequence is a pass of its own. "
+            "Memory follows this number, not the batch size; the loss does not depend on it."
+        },
+    )
+    head: str = field(
+        default="auto",
+        metadata={
+            "help": "'auto': log-probabilities without logits. 'logits': from the model's own "
+            "logits, in slices, for a model whose head does something unknown.",
+            "choices": ["auto", "logits"],
+        },
+    )
+    backend: str = field(
+        default="auto",
+        metadata={
+            "help": "Implementation of the operations. 'auto': Triton on a GPU, else PyTorch.",
+            "choices": ["auto", "triton", "torch"],
+        },
+    )
+    head_memory_mib: int = field(
+        default=256, metadata={"help": "Scratch memory for tiles of logits, in MiB."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        # Newer transformers call it activation_checkpointing and warn about the name TRL uses.
+        for old, new in (
+            ("gradient_checkpointing", "activation_checkpointing"),
+            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ):
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
+        super().__post_init__()
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("beta", "desirable_weight", "undesirable_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        for name in ("max_tokens_per_pass", "head_memory_mib", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        for name in ("loss_type", "head", "backend", "train_sampling_strategy"):
+            choices = self.__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {choices}")
+
+    @property
+    def needs_kl(self) -> bool:
+        """Whether the loss uses a KL estimate, and so mismatched sequences."""
+        return self.loss_type == "kto"
+
+
+KTOConfig._VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]

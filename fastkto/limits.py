@@ -1,0 +1,73 @@
+"""What the trainer refuses, and what to do instead. Checked before anything is trained."""
+
+from typing import Any
+
+from accelerate.utils import DistributedType
+from transformers import Trainer
+
+from fastkto.config import KTOConfig
+
+# These optimizers update the weights inside backward, so a second pass would see other weights.
+STEPS_IN_BACKWARD = ("lomo", "layerwise")
+
+BATCH_OF_ONE = (
+    "per_device_train_batch_size is 1 and loss_type='kto' estimates its KL term from each row's "
+    "prompt with another row's completion; use at least 2, or loss_type='apo_zero_unpaired'"
+)
+
+
+def check_arguments(model: Any, ref_model: Any, args: KTOConfig, compute_metrics: Any) -> None:
+    if ref_model is not None and ref_model is model:
+        raise ValueError(
+            "model and ref_model are the same object, so the reference would be trained too; leave "
+            "ref_model out to use the initial policy, or load it a second time"
+        )
+    if compute_metrics is not None:
+        raise ValueError(
+            "compute_metrics is not supported: it needs logits, which are never formed here; "
+            "evaluate() returns the KTO metrics"
+        )
+    if args.needs_kl and args.per_device_train_batch_size < 2:
+        raise ValueError(BATCH_OF_ONE)
+    if args.use_liger_kernel:
+        raise ValueError(
+            "use_liger_kernel=True replaces the model's forward, which scores sequences here; "
+            "leave it out"
+        )
+    # Ragged batches cannot be concatenated on the main process and cut up for the others.
+    args.accelerator_config.dispatch_batches = False
+    if args.ddp_broadcast_buffers is None:
+        # A broadcast at each forward would wait for ranks that have fewer passes.
+        args.ddp_broadcast_buffers = False
+
+
+def check_devices(trainer: Trainer) -> None:
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"{trainer.args.n_gpu} GPUs are visible to one process; start one process for each "
+            "with `accelerate launch` or torchrun, or choose one with CUDA_VISIBLE_DEVICES"
+        )
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if getattr(parallelism, name, 1) > 1:
+            raise ValueError(
+                f"parallelism_config has {name}={getattr(parallelism, name)}; tensor, context and "
+                "sequence parallelism are not supported: use data parallelism"
+            )
+    kind = trainer.accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{kind.value} is not supported yet: ranks with different numbers of passes would wait "
+            "for each other forever. Use DistributedDataParallel (accelerate's MULTI_GPU)"
+        )
+
+
+def check_optimizer(optim: Any, num_passes: int) -> None:
+    """Refuse several passes with gradient for an optimizer that steps in each backward."""
+    name = str(getattr(optim, "value", optim))
+    if num_passes > 1 and any(kind in name for kind in STEPS_IN_BACKWARD):
+        raise ValueError(
+            f"optim={name!r} updates the weights inside backward, and this batch takes "
+            f"{num_passes} passes with gradient; raise max_tokens_per_pass, lower "
+            "per_device_train_batch_size, or choose another optimizer"
+        )

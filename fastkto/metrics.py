@@ -1,0 +1,95 @@
+"""Metrics: sums and counts on the device, reduced over ranks once and read once per log.
+
+Names and averaging are TRL 1.16's: a value is formed for each micro-batch over all ranks, and a
+log shows the mean of those values. A metric whose micro-batches hold no such row is left out.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# What a micro-batch contributes on one rank; all are sums or counts, so ranks simply add up.
+FIELDS = (
+    "loss_sum",  # weighted losses of the rows, in loss units
+    "rows",
+    "kl_sum",  # policy minus reference on mismatched sequences, in nats
+    "kl_rows",
+    "lone_rows",  # rows without a completion to be paired with
+    "entropy_sum",  # in nats, over scored tokens
+    "tokens",  # scored tokens
+    "input_tokens",  # tokens of the matched sequences
+    "aux_loss_sum",
+    "aux_losses",  # how many ranks have one
+    *(
+        f"{label}_{name}"
+        for label in ("chosen", "rejected")
+        for name in ("rows", "reward_sum", "logp_sum", "logit_sum", "tokens")
+    ),
+)
+
+
+class Metrics:
+    """Collects micro-batches and turns them into the values of a log."""
+
+    def __init__(self) -> None:
+        self._micro_batches: list[Tensor] = []
+        self.num_tokens = 0  # input tokens of all ranks, over everything collected so far
+
+    def add(self, sums: dict[str, Tensor | float], device: torch.device) -> None:
+        """Record one micro-batch; fields that are absent count as 0. Does not synchronise."""
+        unknown = set(sums) - set(FIELDS)
+        if unknown:
+            raise ValueError(f"unknown metric fields {sorted(unknown)}; known are {FIELDS}")
+        values = [torch.as_tensor(sums.get(name, 0.0), device=device) for name in FIELDS]
+        self._micro_batches.append(torch.stack([value.detach().double() for value in values]))
+
+    def clear(self) -> None:
+        """Forget the recorded micro-batches."""
+        self._micro_batches.clear()
+
+    def collect(self, reduce: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], float | None]:
+        """Values since the last call, and the mean loss over rows (None without any).
+
+        `reduce` sums a tensor over ranks; all ranks must have recorded equally many micro-batches.
+        """
+        if not self._micro_batches:
+            return {}, None
+        table = reduce(torch.stack(self._micro_batches)).tolist()
+        self.clear()
+        micro_batches = [dict(zip(FIELDS, row, strict=True)) for row in table]
+        self.num_tokens += int(sum(sums["input_tokens"] for sums in micro_batches))
+        per_batch = [_values(sums) for sums in micro_batches]
+        names = dict.fromkeys(name for values in per_batch for name in values)
+        logs = {name: _mean([v[name] for v in per_batch if name in v]) for name in names}
+        logs["num_tokens"] = float(self.num_tokens)
+        lone_rows = sum(sums["lone_rows"] for sums in micro_batches)
+        if lone_rows:
+            logs["kl_lone_rows"] = lone_rows
+        rows = sum(sums["rows"] for sums in micro_batches)
+        return logs, sum(sums["loss_sum"] for sums in micro_batches) / rows if rows else None
+
+
+def _values(sums: dict[str, float]) -> dict[str, float]:
+    """The metrics of one micro-batch, from its sums over ranks."""
+    values = {"kl": 0.0}
+    if sums["kl_rows"]:
+        values["kl_raw"] = sums["kl_sum"] / sums["kl_rows"]
+        values["kl"] = max(values["kl_raw"], 0.0)
+    if sums["tokens"]:
+        values["entropy"] = sums["entropy_sum"] / sums["tokens"]
+    for label in ("chosen", "rejected"):
+        if sums[f"{label}_tokens"]:
+            values[f"logits/{label}"] = sums[f"{label}_logit_sum"] / sums[f"{label}_tokens"]
+        if sums[f"{label}_rows"]:
+            values[f"rewards/{label}"] = sums[f"{label}_reward_sum"] / sums[f"{label}_rows"]
+            values[f"logps/{label}"] = sums[f"{label}_logp_sum"] / sums[f"{label}_rows"]
+    if sums["chosen_rows"] and sums["rejected_rows"]:
+        values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
+    if sums["aux_losses"]:
+        values["aux_loss"] = sums["aux_loss_sum"] / sums["aux_losses"]
+    return values
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

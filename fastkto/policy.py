@@ -1,0 +1,124 @@
+"""The policy before training: loading, adapters, dropout, and what its config says of a router."""
+
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fastkto.config import KTOConfig
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def model_init_kwargs(args: KTOConfig, quantization_config: Any) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained`, with TRL's defaults (fp32 unless told otherwise)."""
+    kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
+    kwargs.update(args.model_init_kwargs or {})
+    if isinstance(kwargs["dtype"], str):
+        if kwargs["dtype"] not in DTYPES:
+            raise ValueError(f"dtype is {kwargs['dtype']!r}; choose from {DTYPES}")
+        if kwargs["dtype"] != "auto":
+            kwargs["dtype"] = getattr(torch, kwargs["dtype"])
+    if quantization_config is not None:
+        if "quantization_config" in kwargs:
+            raise ValueError(
+                "quantization_config is given twice, as an argument of the trainer and in "
+                "args.model_init_kwargs; keep the argument"
+            )
+        kwargs["quantization_config"] = quantization_config
+    return kwargs
+
+
+def load_policy(
+    model: str | PreTrainedModel | PeftModel, init_kwargs: dict[str, Any], peft_config: Any
+) -> PreTrainedModel | PeftModel:
+    """The model, loaded if it is a path or id, in a new adapter if there is a `peft_config`."""
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
+    elif "quantization_config" in init_kwargs:
+        raise ValueError(
+            "quantization_config applies when a model is loaded, and model is already an object; "
+            "pass the model's path, or leave quantization_config out"
+        )
+    if peft_config is None:
+        return model
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config is a {type(peft_config).__name__}; pass a peft.PeftConfig such as "
+            "peft.LoraConfig(...)"
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "model is a PeftModel already and peft_config asks for another adapter; merge the "
+            "first with model.merge_and_unload(), or leave peft_config out to train it further"
+        )
+    return get_peft_model(model, peft_config)
+
+
+def prepare_adapter(policy: PreTrainedModel | PeftModel, args: KTOConfig) -> None:
+    """What adapters need for gradient checkpointing and on quantised weights, as in TRL."""
+    if not isinstance(policy, PeftModel):
+        return
+    if args.gradient_checkpointing:
+        # transformers should do this: https://github.com/huggingface/transformers/issues/42489
+        policy.enable_input_require_grads()
+    if getattr(policy, "is_loaded_in_4bit", False) or getattr(policy, "is_loaded_in_8bit", False):
+        for name, parameter in policy.named_parameters():
+            # DoRA's magnitudes change by less than bf16 can represent.
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def load_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, policy: nn.Module, args: KTOConfig
+) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the one beside the model; it pads with EOS if it has no pad token."""
+    if tokenizer is None:
+        revision = (args.model_init_kwargs or {}).get("revision")
+        tokenizer = AutoTokenizer.from_pretrained(
+            policy.config._name_or_path,
+            revision=revision,
+            trust_remote_code=args.trust_remote_code,
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"processing_class is a {type(tokenizer).__name__}; pass a tokenizer. Vision-language "
+            "processors are not supported"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, that of attention weights included."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def router_settings(config: PretrainedConfig, args: KTOConfig) -> dict[str, Any]:
+    """Weight of the load-balancing loss (0 without a router) and experts chosen for a token."""
+    has_router = hasattr(config, "output_router_logits")
+    if args.router_aux_loss_coef and not has_router:
+        raise ValueError(
+            f"router_aux_loss_coef is {args.router_aux_loss_coef}, but {type(config).__name__} has "
+            "no router logits; leave it out for a model without experts"
+        )
+    coef = args.router_aux_loss_coef
+    if coef is None:
+        coef = getattr(config, "router_aux_loss_coef", 0.0)
+    return {
+        "router_aux_loss_coef": coef if has_router else 0.0,
+        "experts_per_token": getattr(config, "num_experts_per_tok", 1),
+    }

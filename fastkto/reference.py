@@ -1,0 +1,119 @@
+"""Where reference log-probabilities come from: a second model, or the policy's own adapters."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+FROZEN_ADAPTER = "ref"  # TRL's name for it
+
+
+@dataclass
+class Reference:
+    """The reference policy. Exactly one of three: a model, a frozen adapter, or no adapter."""
+
+    description: str
+    model: nn.Module | None = None
+    adapter: str | None = None
+
+    @contextmanager
+    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """Yield the module that scores as the reference does, within the block only."""
+        if self.model is not None:
+            yield self.model
+        elif self.adapter is not None:
+            trained = policy.active_adapter
+            policy.set_adapter(self.adapter)
+            try:
+                yield policy
+            finally:
+                policy.set_adapter(trained)
+        else:
+            with policy.disable_adapter():
+                yield policy
+
+
+def choose_reference(
+    policy: PreTrainedModel | PeftModel,
+    reference_model: PreTrainedModel | None,
+    *,
+    new_adapter: bool,
+    init_kwargs: dict[str, Any],
+) -> Reference:
+    """The reference for `policy`, as TRL chooses it.
+
+    A given model is the reference. Otherwise it is the initial policy: without its adapter if the
+    adapter is new, a frozen copy of the adapter if it came with the model, and a second model,
+    equal to the policy's weights as they are now, if there is no adapter.
+    """
+    if reference_model is not None:
+        return Reference("the given ref_model", model=_freeze(reference_model))
+    if isinstance(policy, PeftModel):
+        if new_adapter:
+            return Reference("the base model, adapter switched off")
+        _copy_adapter(policy)
+        return Reference("a frozen copy of the initial adapter", adapter=FROZEN_ADAPTER)
+    model, origin = _initial_policy(policy, init_kwargs)
+    return Reference(f"the initial policy, {origin}", model=_freeze(model))
+
+
+def _freeze(model: nn.Module) -> nn.Module:
+    return model.requires_grad_(False).eval()
+
+
+def _copy_adapter(policy: PeftModel) -> None:
+    trained = policy.active_adapter
+    if FROZEN_ADAPTER in policy.peft_config:
+        raise ValueError(
+            f"the model already has an adapter named {FROZEN_ADAPTER!r}, the name of the frozen "
+            "copy that serves as the reference; pass a model with the trained adapter alone, or "
+            "pass ref_model"
+        )
+    policy.add_adapter(FROZEN_ADAPTER, policy.peft_config[trained])
+    for name, parameter in list(policy.named_parameters()):
+        if f".{trained}." in name:
+            frozen = policy.get_parameter(name.replace(f".{trained}.", f".{FROZEN_ADAPTER}."))
+            frozen.data.copy_(parameter.data)
+
+
+def _initial_policy(
+    policy: PreTrainedModel, init_kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, str]:
+    """The policy loaded once more from its path if the weights there are its own, else a copy."""
+    path = policy.config._name_or_path
+    if path:
+        kwargs = {
+            "dtype": policy.dtype,
+            "attn_implementation": policy.config._attn_implementation,
+            **init_kwargs,
+        }
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        except (OSError, ValueError) as error:
+            logger.info("the reference is a copy: %s cannot be loaded again (%s)", path, error)
+        else:
+            if _same_weights(policy, loaded):
+                return loaded, f"loaded again from {path}"
+            logger.warning(
+                "The weights at %s are not the policy's; the reference is a copy of the policy.",
+                path,
+            )
+    return copy.deepcopy(policy), "copied"
+
+
+def _same_weights(model: nn.Module, other: nn.Module) -> bool:
+    weights, other_weights = model.state_dict(), other.state_dict()
+    return weights.keys() == other_weights.keys() and all(
+        weight.dtype == other_weights[name].dtype
+        and torch.equal(weight, other_weights[name].to(weight.device))
+        for name, weight in weights.items()
+    )

@@ -1,0 +1,373 @@
+"""KTOTrainer: transformers' Trainer with the KTO step, under TRL 1.16's names."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput
+
+from fastkto.batch import KTOCollator, check_batch, pair_first_rows
+from fastkto.config import KTOConfig
+from fastkto.head import attach_scoring
+from fastkto.head_check import check_head
+from fastkto.limits import BATCH_OF_ONE, check_arguments, check_devices, check_optimizer
+from fastkto.metrics import Metrics
+from fastkto.passes import matched_sequences
+from fastkto.policy import (
+    disable_dropout,
+    load_policy,
+    load_tokenizer,
+    model_init_kwargs,
+    prepare_adapter,
+    router_settings,
+)
+from fastkto.reference import choose_reference
+from fastkto.rows import RowReport, prepare_rows
+from fastkto.step import BatchLoss, StepSettings
+
+logger = logging.getLogger(__name__)
+
+AnyDataset = Dataset | IterableDataset
+COLUMNS = ["prompt_ids", "completion_ids", "label", "length", "row"]
+
+
+class KTOTrainer(Trainer):
+    """Trains a causal language model with KTO (Ethayarajh et al. 2024, arXiv:2402.01306).
+
+    Args:
+        model: a path or hub id, a `PreTrainedModel`, or a `PeftModel`. A path is loaded in fp32
+            unless `args.model_init_kwargs` says otherwise, as TRL does.
+        ref_model: the reference policy. Default: the initial policy (see `choose_reference`).
+        args: a `KTOConfig`.
+        data_collator: default `KTOCollator`; another one must give the same kind of batch.
+        train_dataset, eval_dataset: rows in any of the formats of `prepare_rows`; for evaluation
+            also a dict of data sets.
+        processing_class: the tokenizer. Default: the one beside the model.
+        compute_metrics: must be None, since there are no logits to compute from.
+        callbacks, optimizers: as in `Trainer`.
+        quantization_config: used when `model` is a path or id.
+        peft_config: wraps the model in a new adapter.
+
+    Raises:
+        ValueError, TypeError: for arguments or rows that do not fit, before anything is trained.
+        HeadMismatchError: at the first batch, if the log-probabilities are not the model's own.
+        FloatingPointError: before the optimizer steps, naming the rows that are not finite.
+    """
+
+    # A device batch's loss is its mean over rows, so Trainer divides by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: KTOConfig | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = KTOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-KTO")
+        check_arguments(model, ref_model, args, compute_metrics)
+        set_seed(args.seed)  # before the model: the weights of a new adapter are random
+        init_kwargs = model_init_kwargs(args, quantization_config)
+        policy = load_policy(model, init_kwargs, peft_config)
+        prepare_adapter(policy, args)
+        tokenizer = load_tokenizer(processing_class, policy, args)
+        self.row_reports: dict[str, RowReport] = {}
+        train_dataset = self._prepare(train_dataset, "train", tokenizer, args)
+        eval_dataset = self._prepare(eval_dataset, "eval", tokenizer, args)
+        self.reference = choose_reference(
+            policy, ref_model, new_adapter=peft_config is not None, init_kwargs=init_kwargs
+        )
+        for scored in filter(None, (policy, self.reference.model)):
+            if args.disable_dropout:
+                disable_dropout(scored)
+            attach_scoring(
+                scored, head=args.head, backend=args.backend, head_memory_mib=args.head_memory_mib
+            )
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=data_collator or KTOCollator(args.max_length, needs_kl=args.needs_kl),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._set_up_step(args)
+
+    def _set_up_step(self, args: KTOConfig) -> None:
+        check_devices(self)
+        self.model_accepts_loss_kwargs = False  # read where loss_is_scaled_for_ga does not exist
+        self._signature_columns = COLUMNS
+        self.model.add_model_tags(["fastkto", "kto"])
+        if self.reference.model is not None:
+            self.reference.model = self.accelerator.prepare_model(
+                self.reference.model, evaluation_mode=True
+            )
+        self.step_settings = StepSettings(
+            args=args,
+            policy=self.model,
+            reference=self.reference,
+            reduce=self._sum_over_ranks,
+            **router_settings(self.model.config.get_text_config(), args),
+        )
+        self._train_metrics, self._eval_metrics = Metrics(), Metrics()
+        self._unchecked: list[tuple[list[int], Tensor]] = []
+        self._first_evaluation_rows: set[int] | None = None
+        self._head_is_checked = False
+        self.add_callback(_StartOfTraining(self))
+
+    def _prepare(
+        self,
+        dataset: AnyDataset | dict[str, AnyDataset] | None,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        args: KTOConfig,
+    ) -> Any:
+        """Tokenise a data set, or each of a dict's, unless it is prepared already."""
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return {key: self._prepare(d, key, tokenizer, args) for key, d in dataset.items()}
+        if set(COLUMNS) <= set(dataset.column_names or ()):
+            return dataset
+        with args.main_process_first(desc=f"preparing the {name} data set"):
+            prepared, report = prepare_rows(
+                dataset,
+                tokenizer,
+                max_length=args.max_length,
+                num_proc=args.dataset_num_proc,
+                name=name,
+            )
+        if report is not None:
+            self.row_reports[name] = report
+            advice = report.weight_advice(args.desirable_weight, args.undesirable_weight)
+            if name == "train" and advice:
+                logger.warning(advice)
+        return prepared
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "sum")
+
+    # ---- The step ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in `Trainer`; refuses a batch in which no row can be paired with another."""
+        if self.step_settings.args.needs_kl and self._train_batch_size < 2:
+            raise ValueError(BATCH_OF_ONE)
+        return super().get_train_dataloader()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The device batch's loss: its whole value, with the graph of its last pass.
+
+        In training, backward has run for the passes before the last when this returns.
+        """
+        self._check_head_once(inputs)
+        training = self.model.training
+        counted = len(inputs["rows"]) - self._repeated_rows(inputs)
+        inputs = pair_first_rows(inputs, counted, self.step_settings.args.max_length)
+        batch_loss = BatchLoss(self.step_settings, inputs, counted)
+        if training:
+            check_optimizer(self.args.optim, len(batch_loss.plan))
+        done: Tensor | float = 0.0
+        with nullcontext() if training else torch.no_grad():
+            for rows in batch_loss.plan[:-1]:
+                with self._deferring_reduction(model):
+                    loss = batch_loss.pass_loss(model, rows)
+                    if training:
+                        self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+                done = done + loss.detach()
+            loss = batch_loss.pass_loss(model, batch_loss.plan[-1]) + done
+        self._record(batch_loss, training)
+        return (loss, {}) if return_outputs else loss
+
+    @contextmanager
+    def _deferring_reduction(self, model: nn.Module) -> Iterator[None]:
+        """Gradients of passes before the last are accumulated, not reduced over ranks."""
+        state = self.accelerator.gradient_state
+        sync_gradients = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+                yield
+        finally:
+            state._set_sync_gradients(sync_gradients)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The loss of an evaluation batch; there are no logits to return."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss, None, None
+
+    # ---- Metrics ----
+
+    def _record(self, batch_loss: BatchLoss, training: bool) -> None:
+        sums: dict[str, Tensor | float] = dict(batch_loss.sums)
+        if "aux_loss_sum" in sums:
+            sums["aux_losses"] = 1.0
+        if training:
+            sums["input_tokens"] = float(sum(batch_loss.matched.lengths))
+        metrics = self._train_metrics if training else self._eval_metrics
+        metrics.add(sums, self.args.device)
+        self._unchecked.append((batch_loss.rows, batch_loss.finite))
+        if not training or self.accelerator.sync_gradients:
+            self._check_finite()
+
+    def _check_finite(self) -> None:
+        """Stop before the optimizer steps if a row's scores are not finite, on all ranks at once.
+
+        The one synchronisation of a step: the weights must not be updated from such a row.
+        """
+        bad = torch.stack([(~finite).sum() for _, finite in self._unchecked]).sum()
+        on_all_ranks = int(self._sum_over_ranks(bad.clone()).item())
+        unchecked, self._unchecked = self._unchecked, []
+        if on_all_ranks == 0:
+            return
+        rows = [
+            row
+            for numbers, finite in unchecked
+            for row, is_finite in zip(numbers, finite.tolist(), strict=True)
+            if not is_finite
+        ]
+        where = f"rows {rows} of the data set" if rows else "rows on another rank"
+        raise FloatingPointError(
+            f"the log-probabilities of {where} are not finite (step {self.state.global_step}, "
+            f"{on_all_ranks} over all ranks). Look at these rows and at the learning rate; with "
+            "fp16, use bf16. Nothing was updated from them"
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the training metrics since the last log; those of an evaluation are in already."""
+        if "loss" in logs or "train_runtime" in logs:
+            logs.update(self._train_metrics.collect(self._sum_over_ranks)[0])
+        super().log(logs, start_time)
+
+    # ---- Evaluation ----
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As in `Trainer`, also on data sets in any of the formats of `prepare_rows`."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            args = self.step_settings.args
+            eval_dataset = self._prepare(eval_dataset, "eval", self.processing_class, args)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in `Trainer`, with the mean loss over rows and the metrics of training."""
+        self._eval_metrics.clear()
+        self._first_evaluation_rows = None
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        values, loss = self._eval_metrics.collect(self._sum_over_ranks)
+        if loss is not None:
+            values |= {"loss": loss, "num_tokens": float(self._train_metrics.num_tokens)}
+        output.metrics.update({f"{metric_key_prefix}_{key}": v for key, v in values.items()})
+        return output
+
+    def _repeated_rows(self, inputs: dict[str, Any]) -> int:
+        """How many rows, the last of the batch, only repeat others to fill an evaluation batch.
+
+        accelerate takes these from the first batches of all ranks.
+        """
+        is_first = self._first_evaluation_rows is None
+        is_last = self.accelerator.gradient_state.end_of_dataloader
+        if self.model.training or self.args.world_size == 1 or not (is_first or is_last):
+            return 0
+        # The two rows of a pair share their number and differ in their label.
+        labels = inputs["label"].tolist()
+        own = [2 * row + label for row, label in zip(inputs["rows"], labels, strict=True)]
+        seen = set(self._first_evaluation_rows or ())
+        repeated = 0
+        for rank, rows in enumerate(gather_object([own])):
+            for row in rows:
+                if row in seen and rank == self.args.process_index:
+                    repeated += 1
+                seen.add(row)
+        if is_first:
+            self._first_evaluation_rows = seen
+        return repeated
+
+    # ---- Checks ----
+
+    def _check_head_once(self, inputs: dict[str, Any]) -> None:
+        if self._head_is_checked:
+            return
+        self._head_is_checked = True
+        check_batch(inputs, needs_kl=self.step_settings.args.needs_kl)
+        sequences = matched_sequences(inputs).select(range(min(2, len(inputs["rows"]))), 512)
+        rows = list(torch.split(sequences.input_ids, sequences.lengths))
+        check_head(self.model, rows)
+        if self.reference.model is not None:
+            check_head(self.reference.model, rows)
+
+
+class _StartOfTraining(TrainerCallback):
+    """Forgets a run that was cut short, and goes on counting tokens where a checkpoint stopped."""
+
+    def __init__(self, trainer: KTOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        metrics = self.trainer._train_metrics
+        metrics.clear()
+        self.trainer._unchecked.clear()
+        counts = [log["num_tokens"] for log in state.log_history if "num_tokens" in log]
+        metrics.num_tokens = int(counts[-1]) if counts else 0

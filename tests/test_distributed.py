@@ -1,0 +1,71 @@
+"""Two processes (DistributedDataParallel over gloo) do what one process does on the same rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed_run import CASES, WORLD_SIZE
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "tests" / "distributed_run.py"
+
+
+def run(launcher: list[str], directory: Path) -> None:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), str(directory)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every case as run by `one` process and by `two`."""
+    directory = tmp_path_factory.mktemp("runs")
+    run([], directory / "one")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    run([*launcher, str(WORLD_SIZE)], directory / "two")
+    return directory
+
+
+def result(directory: Path, rank: int) -> dict[str, Any]:
+    return json.loads((directory / f"result{rank}.json").read_text())
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_two_processes_equal_one(case: str, runs: Path) -> None:
+    one, two = runs / "one" / case, runs / "two" / case
+    first, second = result(two, 0), result(two, 1)
+    assert first["passes"] != second["passes"], "the ranks should differ in their passes"
+    assert min(first["passes"] + second["passes"]) >= 1 and max(second["passes"]) >= 3
+
+    weights = torch.load(one / "weights0.pt")
+    for rank in range(WORLD_SIZE):
+        for name, weight in torch.load(two / f"weights{rank}.pt").items():
+            torch.testing.assert_close(weight, weights[name], rtol=1e-5, atol=1e-5, msg=name)
+
+    expected = result(one, 0)
+    compared = [n for n in expected["logs"][0] if n not in ("epoch", "step", "learning_rate")]
+    if case == "mixtral":  # a mean of two micro-batches' metrics is not that of their rows
+        compared = ["loss", "grad_norm", "aux_loss"]
+    for theirs, ours in zip(expected["logs"], first["logs"], strict=True):
+        for name in compared:
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+    for name in expected["evaluation"] if case != "mixtral" else ["eval_loss"]:
+        if not any(part in name for part in ("runtime", "per_second", "preparation")):
+            value = expected["evaluation"][name]
+            assert first["evaluation"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert first["evaluation"]["eval_loss"] == second["evaluation"]["eval_loss"]

@@ -1,0 +1,468 @@
+"""KTOTrainer inside transformers' Trainer: what runs around a step, references, and refusals."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from fastkto import KTOConfig, KTOTrainer
+from fastkto.batch import KTOCollator
+from fastkto.limits import check_devices, check_optimizer
+from tests.models import tiny_model, tiny_tokenizer
+from tests.trl_runs import text_rows
+
+
+def config(directory: Path, **fields: Any) -> KTOConfig:
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 0.02,
+        "optim": "sgd",
+        "gradient_checkpointing": False,
+        "max_tokens_per_pass": 64,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return KTOConfig(output_dir=str(directory), **{**defaults, **fields})
+
+
+def trainer(directory: Path, **arguments: Any) -> KTOTrainer:
+    """A trainer of a tiny model; arguments that KTOTrainer does not have go to its config."""
+    own = (
+        "model ref_model train_dataset eval_dataset callbacks peft_config processing_class "
+        "compute_metrics data_collator quantization_config"
+    ).split()
+    given = {name: arguments.pop(name) for name in own if name in arguments}
+    given.setdefault("model", tiny_model("llama", seed=1))
+    given.setdefault("train_dataset", text_rows(16))
+    given.setdefault("processing_class", tiny_tokenizer())
+    return KTOTrainer(args=config(directory, **arguments), **given)
+
+
+def lora(**fields: Any) -> LoraConfig:
+    fields = {"r": 4, "target_modules": ["q_proj", "v_proj"], **fields}
+    return LoraConfig(task_type="CAUSAL_LM", **fields)
+
+
+# ---- What Trainer does around a step ----
+
+
+def test_best_model_and_early_stopping_follow_a_kto_metric(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path,
+        eval_dataset=text_rows(8, seed=3),
+        max_steps=20,
+        learning_rate=0.0,  # the metric never improves
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_rewards/margins",
+        greater_is_better=True,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )
+    run.train()
+    assert run.state.global_step == 3
+    assert run.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert run.state.best_metric == run.state.log_history[1]["eval_rewards/margins"]
+
+
+class OutOfMemoryOnce(TrainerCallback):
+    """Fails as a GPU does in the second step of the first try, after the first step was logged."""
+
+    def __init__(self) -> None:
+        self.failed = False
+        self.logs: list[dict[str, float]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1 and not self.failed:
+            self.failed = True
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict, **kwargs: Any) -> None:
+        self.logs.append(logs)
+
+
+def test_auto_find_batch_size_starts_again_with_clean_metrics(tmp_path: Path) -> None:
+    callback = OutOfMemoryOnce()
+    run = trainer(
+        tmp_path,
+        per_device_train_batch_size=8,
+        auto_find_batch_size=True,
+        callbacks=[callback],
+        logging_steps=2,
+    )
+    run.train()
+    assert callback.failed
+    fewer = run._train_batch_size
+    assert 2 <= fewer < 8
+    alone = trainer(tmp_path, per_device_train_batch_size=fewer, logging_steps=2)
+    # The failed try took one step before it was cut short.
+    alone.model.load_state_dict(trained_one_step(tmp_path, batch_size=8))
+    alone.train()
+    assert callback.logs[0]["num_tokens"] == alone.state.log_history[0]["num_tokens"]
+    assert callback.logs[0]["logps/chosen"] == pytest.approx(
+        alone.state.log_history[0]["logps/chosen"], rel=1e-4
+    )
+
+
+def trained_one_step(directory: Path, batch_size: int) -> dict[str, torch.Tensor]:
+    run = trainer(directory, per_device_train_batch_size=batch_size, logging_steps=2)
+    run.add_callback(StopAfter(1))
+    run.train()
+    return run.model.state_dict()
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.steps
+
+
+def test_batch_size_found_is_never_one(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run._train_batch_size = 1
+    with pytest.raises(ValueError, match="use at least 2, or loss_type='apo_zero_unpaired'"):
+        run.get_train_dataloader()
+
+
+def test_tokens_are_counted_without_padding(tmp_path: Path) -> None:
+    run = trainer(tmp_path, include_num_input_tokens_seen="all", max_steps=4)
+    run.train()
+    tokenizer, rows = tiny_tokenizer(), text_rows(16)
+    expected = sum(
+        len(tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"])
+        for row in rows
+    )
+    assert run.state.num_input_tokens_seen == expected
+    assert run.state.log_history[-2]["num_tokens"] == expected
+
+
+def test_evaluate_returns_the_metrics_of_each_data_set(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path, eval_dataset={"a": text_rows(8, seed=3), "b": text_rows(4, seed=4, label=True)}
+    )
+    metrics = run.evaluate()
+    assert {"eval_a_rewards/margins", "eval_a_kl", "eval_b_logps/chosen"} <= set(metrics)
+    assert "eval_b_rewards/rejected" not in metrics  # it has no such row
+
+
+def test_evaluate_takes_a_data_set_that_is_not_prepared(tmp_path: Path) -> None:
+    rows = text_rows(8, seed=3)
+    given = trainer(tmp_path, eval_dataset=rows).evaluate()
+    passed = trainer(tmp_path).evaluate(rows)
+    assert passed["eval_loss"] == given["eval_loss"]
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_rows_may_be_shuffled(strategy: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, train_sampling_strategy=strategy, max_steps=4)
+    run.train()
+    seen = [row for batch in run.get_train_dataloader() for row in batch["rows"]]
+    assert sorted(seen) == list(range(16))
+    assert seen != sorted(seen)
+
+
+def test_streamed_rows_train(tmp_path: Path) -> None:
+    run = trainer(tmp_path, train_dataset=text_rows(16).to_iterable_dataset(), max_steps=4)
+    run.train()
+    listed = trainer(tmp_path, max_steps=4)
+    listed.train()
+    assert run.state.log_history[3]["loss"] == listed.state.log_history[3]["loss"]
+
+
+def test_dispatching_batches_is_forced_off(tmp_path: Path) -> None:
+    run = trainer(tmp_path, accelerator_config={"dispatch_batches": True})
+    assert run.accelerator.dataloader_config.dispatch_batches is False
+
+
+def test_lone_row_has_no_kl_and_is_counted(tmp_path: Path) -> None:
+    run = trainer(tmp_path, train_dataset=text_rows(5), num_train_epochs=1, max_steps=-1)
+    run.train()
+    paired, lone = run.state.log_history[:2]
+    assert "kl_lone_rows" not in paired and "kl_raw" in paired
+    assert lone["kl_lone_rows"] == 1 and lone["kl"] == 0.0 and "kl_raw" not in lone
+
+
+def test_bf16_autocast_stays_near_fp32(tmp_path: Path) -> None:
+    reference = tiny_model("llama", seed=2)
+    exact = trainer(tmp_path, ref_model=copy.deepcopy(reference))
+    rounded = trainer(tmp_path, ref_model=reference, bf16=True)
+    exact.train()
+    rounded.train()
+    assert rounded.model.dtype == torch.float32
+    for name, bound in (("loss", 0.05), ("logps/chosen", 0.02), ("grad_norm", 0.1)):
+        value = exact.state.log_history[0][name]
+        assert rounded.state.log_history[0][name] == pytest.approx(value, rel=bound), name
+    assert rounded.state.log_history[0]["loss"] != exact.state.log_history[0]["loss"]
+
+
+def test_generation_is_unchanged_by_training(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train()
+    fresh = tiny_model("llama", seed=5).eval()
+    fresh.load_state_dict(run.model.state_dict())
+    prompt = {"input_ids": torch.tensor([[4, 5, 6]]), "attention_mask": torch.ones(1, 3).long()}
+    options = {"max_new_tokens": 8, "do_sample": False}
+    trained = run.model.eval().generate(**prompt, **options)
+    assert trained.tolist() == fresh.generate(**prompt, **options).tolist()
+
+
+def test_saved_model_loads_without_fastkto(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for name, weight in run.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token == "<eos>"
+
+
+# ---- Numbers that are not finite ----
+
+
+def test_row_that_is_not_finite_is_named_before_the_optimizer_steps(tmp_path: Path) -> None:
+    rows = text_rows(16).to_list()
+    rows[6]["completion"] += " ~"  # a token that no other row has
+    model = tiny_model("llama", seed=1)
+    token = tiny_tokenizer().convert_tokens_to_ids("~")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("nan")
+    run = trainer(
+        tmp_path,
+        model=model,
+        ref_model=tiny_model("llama", seed=2),
+        train_dataset=Dataset.from_list(rows),
+    )
+    # Row 7 is paired with row 6's completion. The first batch holds neither.
+    with pytest.raises(FloatingPointError, match=r"rows \[6, 7\] of the data set are not finite"):
+        run.train()
+    assert run.state.global_step == 1
+    assert run.model.lm_head.weight.isfinite().all()
+
+
+# ---- References ----
+
+
+def test_given_reference_is_used_and_not_trained(tmp_path: Path) -> None:
+    reference = tiny_model("llama", seed=2)
+    before = copy.deepcopy(reference.state_dict())
+    run = trainer(tmp_path, ref_model=reference)
+    run.train()
+    assert run.reference.description == "the given ref_model"
+    assert all(torch.equal(weight, before[name]) for name, weight in reference.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+def test_initial_policy_is_loaded_again_only_if_its_weights_are_at_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    model = tiny_model("llama", seed=1)
+    model.save_pretrained(path)
+    model.config._name_or_path = str(path)
+    same = trainer(tmp_path, model=copy.deepcopy(model))
+    assert same.reference.description == f"the initial policy, loaded again from {path}"
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.1)
+    changed = trainer(tmp_path, model=model)
+    assert changed.reference.description == "the initial policy, copied"
+    changed.train()
+    assert changed.state.log_history[0]["kl_raw"] == 0.0
+    assert changed.state.log_history[0]["rewards/chosen"] == 0.0
+
+
+def test_first_kl_of_a_new_adapter_is_exactly_zero(tmp_path: Path) -> None:
+    run = trainer(tmp_path, peft_config=lora())
+    run.train()
+    first, second = run.state.log_history[:2]
+    assert first["kl_raw"] == 0.0 and first["rewards/margins"] == 0.0
+    assert run.reference.description == "the base model, adapter switched off"
+    assert second["kl_raw"] != 0.0
+
+
+def test_dropout_does_not_reach_reference_and_kl(tmp_path: Path) -> None:
+    run = trainer(tmp_path, peft_config=lora(lora_dropout=0.5), disable_dropout=False)
+    run.train()
+    assert run.state.log_history[0]["kl_raw"] == 0.0
+    layers = [m for m in run.model.modules() if isinstance(m, nn.Dropout)]
+    assert layers and all(layer.p == 0.5 and layer.training for layer in layers)
+
+
+def test_dropout_is_disabled_by_default(tmp_path: Path) -> None:
+    model = tiny_model("llama", seed=1, attention_dropout=0.3)
+    run = trainer(tmp_path, model=model, peft_config=lora(lora_dropout=0.5))
+    assert all(m.p == 0 for m in run.model.modules() if isinstance(m, nn.Dropout))
+    attention = [m for m in run.model.modules() if hasattr(m, "attention_dropout")]
+    assert attention and all(m.attention_dropout == 0.0 for m in attention)
+
+
+def test_trained_adapter_is_its_own_frozen_reference(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model("llama", seed=1), lora(init_lora_weights=False))
+    run = trainer(tmp_path, model=model)
+    before = {n: p.clone() for n, p in run.model.named_parameters() if ".ref." in n}
+    run.train()
+    parameters = dict(run.model.named_parameters())
+    assert before and all(torch.equal(parameters[n], weight) for n, weight in before.items())
+    assert run.state.log_history[0]["kl_raw"] == 0.0
+    trainable = [n for n, p in parameters.items() if p.requires_grad]
+    assert trainable and all(".default." in name for name in trainable)
+    assert run.model.active_adapter == "default"
+
+
+def test_frozen_reference_survives_resuming(tmp_path: Path) -> None:
+    def start(directory: Path, **fields: Any) -> KTOTrainer:
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_model("llama", seed=1), lora(init_lora_weights=False))
+        return trainer(directory, model=model, max_steps=4, save_steps=2, **fields)
+
+    whole = start(tmp_path / "whole", save_strategy="steps")
+    whole.train()
+    part = start(tmp_path / "part", save_strategy="steps")
+    part.add_callback(StopAfter(2))
+    part.train()
+    resumed = start(tmp_path / "part")
+    resumed.train(resume_from_checkpoint=True)
+    for expected, actual in zip(
+        whole.state.log_history[2:4], resumed.state.log_history[2:4], strict=True
+    ):
+        for name in ("loss", "kl", "rewards/chosen", "num_tokens"):
+            assert actual[name] == expected[name], name
+
+
+# ---- Refusals ----
+
+
+def test_same_model_twice_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="model and ref_model are the same object"):
+        trainer(tmp_path, model=model, ref_model=model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"compute_metrics": lambda _: {}}, "compute_metrics is not supported"),
+        ({"per_device_train_batch_size": 1}, "per_device_train_batch_size is 1"),
+        ({"use_liger_kernel": True}, "use_liger_kernel=True replaces the model's forward"),
+        ({"quantization_config": object()}, "quantization_config applies when a model is loaded"),
+        ({"router_aux_loss_coef": 0.1}, "LlamaConfig has no router logits"),
+        ({"model_init_kwargs": {"dtype": "int3"}}, "dtype is 'int3'; choose from"),
+        ({"beta": -0.1}, "beta is -0.1; it must be 0 or more"),
+        ({"desirable_weight": -1.0}, "desirable_weight is -1.0"),
+        ({"max_tokens_per_pass": 0}, "max_tokens_per_pass is 0; it must be 1 or more"),
+        ({"loss_type": "bco"}, "loss_type is 'bco'; choose from"),
+        ({"head": "fast"}, "head is 'fast'; choose from"),
+        ({"backend": "cuda"}, "backend is 'cuda'; choose from"),
+        ({"train_sampling_strategy": "sorted"}, "train_sampling_strategy is 'sorted'"),
+    ],
+)
+def test_argument_is_refused(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"peft_config": {"r": 4}}, "peft_config is a dict; pass a peft.PeftConfig"),
+        ({"processing_class": "tokenizer"}, "processing_class is a str; pass a tokenizer"),
+    ],
+)
+def test_argument_of_wrong_type_is_refused(
+    arguments: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        trainer(tmp_path, **arguments)
+
+
+def test_second_adapter_is_refused(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model("llama"), lora())
+    with pytest.raises(ValueError, match="model is a PeftModel already"):
+        trainer(tmp_path, model=model, peft_config=lora())
+
+
+def test_foreign_batch_is_refused_by_name(tmp_path: Path) -> None:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"input_ids": torch.zeros(4, 4, dtype=torch.int64)}
+
+    run = trainer(tmp_path, data_collator=collate)
+    with pytest.raises(ValueError, match="use fastkto.batch.KTOCollator"):
+        run.train()
+
+
+def test_optimizer_that_steps_in_backward_needs_a_single_pass() -> None:
+    check_optimizer("adamw_torch", 3)
+    check_optimizer("galore_adamw_layerwise", 1)
+    for name in ("lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"):
+        with pytest.raises(ValueError, match=f"optim='{name}' updates the weights inside backward"):
+            check_optimizer(name, 2)
+
+
+def fake_devices(**fields: Any) -> Any:
+    accelerator = SimpleNamespace(
+        distributed_type=fields.pop("distributed_type", DistributedType.NO),
+        parallelism_config=SimpleNamespace(**fields) if "n_gpu" not in fields else None,
+    )
+    return SimpleNamespace(
+        args=SimpleNamespace(n_gpu=fields.get("n_gpu", 1)), accelerator=accelerator
+    )
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        ({"n_gpu": 2}, "2 GPUs are visible to one process; start one process for each"),
+        ({"tp_size": 2}, "tp_size=2; tensor, context and sequence parallelism"),
+        ({"cp_size": 4}, "cp_size=4"),
+        ({"sp_size": 2}, "sp_size=2"),
+        ({"distributed_type": DistributedType.FSDP}, "FSDP is not supported yet"),
+        ({"distributed_type": DistributedType.DEEPSPEED}, "DEEPSPEED is not supported yet"),
+    ],
+)
+def test_devices_are_refused(devices: dict[str, Any], message: str) -> None:
+    check_devices(fake_devices())
+    with pytest.raises(ValueError, match=message):
+        check_devices(fake_devices(**devices))
+
+
+def test_default_of_bf16_follows_the_device(tmp_path: Path) -> None:
+    assert KTOConfig(output_dir=str(tmp_path), use_cpu=True).bf16 is False
+
+
+def test_defaults_are_those_of_trl(tmp_path: Path) -> None:
+    import trl
+
+    ours = KTOConfig(output_dir=str(tmp_path), use_cpu=True)
+    theirs = trl.KTOConfig(output_dir=str(tmp_path), use_cpu=True)
+    own = {"max_tokens_per_pass", "head", "backend", "head_memory_mib"}
+    for name in set(ours.__dataclass_fields__) - own - {"logging_dir"}:
+        if hasattr(theirs, name) and name != "bf16":
+            assert getattr(ours, name) == getattr(theirs, name), name
+    assert own.isdisjoint(theirs.__dataclass_fields__)
+    assert math.isclose(ours.learning_rate, 1e-6)
+
+
+def test_collator_is_the_default_one(tmp_path: Path) -> None:
+    assert trainer(tmp_path).data_collator == KTOCollator(1024, needs_kl=True)
+    run = trainer(tmp_path, loss_type="apo_zero_unpaired", max_length=30)
+    assert run.data_collator == KTOCollator(30, needs_kl=False)

@@ -1,0 +1,171 @@
+"""The same run in TRL 1.16 and here: every logged number of every step agrees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+import fastkto.step
+from tests.models import FAMILIES, tiny_model
+from tests.trl_runs import (
+    assert_equal_logs,
+    both,
+    chat_rows,
+    paired_rows,
+    text_rows,
+)
+
+SMALL_PASSES = {"max_tokens_per_pass": 64}  # several passes for each batch, some of one long row
+
+
+def models(family: str = "llama") -> dict[str, Any]:
+    """A policy and a reference unlike it: surer of itself, so that the KL estimate is above 0."""
+    policy, reference = tiny_model(family, seed=1), tiny_model(family, seed=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * parameter.abs().mean() * noise)
+        reference.get_output_embeddings().weight.mul_(1.4)
+    return {"model": policy, "ref_model": reference}
+
+
+def lora(family: str = "llama") -> LoraConfig:
+    return LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=list(FAMILIES[family].lora_targets),
+        init_lora_weights=False,  # B is not zero, so that the policy is not the reference
+        task_type="CAUSAL_LM",
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("passes", [{}, SMALL_PASSES], ids=["one pass", "several passes"])
+def test_equal_with_explicit_reference(loss_type: str, passes: dict, tmp_path: Path) -> None:
+    expected, actual = both(
+        tmp_path, passes, **models(), train_dataset=text_rows(), loss_type=loss_type
+    )
+    assert_equal_logs(expected, actual, kl_used=loss_type == "kto")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"beta": 0.3, "desirable_weight": 1.4, "undesirable_weight": 0.6},
+        {"gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True},
+        {"max_length": 40},
+    ],
+    ids=["weights and beta", "accumulation", "checkpointing", "cut rows"],
+)
+def test_equal_for_settings(config: dict, tmp_path: Path) -> None:
+    expected, actual = both(
+        tmp_path, SMALL_PASSES, **models(), train_dataset=text_rows(), **config
+    )
+    assert_equal_logs(expected, actual)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "phi", "gpt2", "mixtral"])
+def test_equal_for_head_family(family: str, tmp_path: Path) -> None:
+    expected, actual = both(tmp_path, SMALL_PASSES, **models(family), train_dataset=text_rows())
+    assert_equal_logs(expected, actual)
+
+
+def test_equal_with_initial_policy_as_reference(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    tiny_model("qwen2", seed=3).save_pretrained(path)
+    expected, actual = both(
+        tmp_path, SMALL_PASSES, model=str(path), train_dataset=text_rows(), learning_rate=0.2
+    )
+    assert_equal_logs(expected, actual, kl_used=False)  # it starts at exactly 0
+    assert actual[0]["kl"] == 0.0
+    assert any(log["kl"] > 0 for log in actual[1:-1])
+
+
+def test_equal_with_new_adapter(tmp_path: Path) -> None:
+    expected, actual = both(
+        tmp_path,
+        SMALL_PASSES,
+        model=tiny_model("llama", seed=1),
+        peft_config=lora(),
+        train_dataset=text_rows(),
+    )
+    assert_equal_logs(expected, actual, kl_used=False)
+    assert any(log.get("kl", 0) > 0 for log in actual)
+
+
+def test_equal_with_trained_adapter(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    policy = get_peft_model(tiny_model("llama", seed=1), lora())
+    expected, actual = both(
+        tmp_path, SMALL_PASSES, model=policy, train_dataset=text_rows(), learning_rate=0.2
+    )
+    assert_equal_logs(expected, actual, kl_used=False)
+    assert actual[0]["kl"] == 0.0
+
+
+@pytest.mark.parametrize("rows", [chat_rows(), paired_rows()], ids=["chat", "paired"])
+def test_equal_for_data_format(rows: Dataset, tmp_path: Path) -> None:
+    expected, actual = both(tmp_path, SMALL_PASSES, **models(), train_dataset=rows)
+    assert_equal_logs(expected, actual)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_equal_with_one_class_absent(label: bool, tmp_path: Path) -> None:
+    expected, actual = both(
+        tmp_path, SMALL_PASSES, **models(), train_dataset=text_rows(label=label)
+    )
+    assert_equal_logs(expected, actual)
+
+
+def test_equal_in_evaluation(tmp_path: Path) -> None:
+    expected, actual = both(
+        tmp_path,
+        SMALL_PASSES,
+        **models(),
+        train_dataset=text_rows(),
+        eval_dataset=text_rows(14, seed=9),  # the last batch is short
+    )
+    assert_equal_logs(expected, actual)
+    assert any("eval_rewards/margins" in log for log in actual)
+
+
+def test_comparison_notices_beta_off_by_a_thousandth(tmp_path: Path) -> None:
+    expected, actual = both(
+        tmp_path, {"beta": 0.1001}, **models(), train_dataset=text_rows(), beta=0.1
+    )
+    with pytest.raises(AssertionError, match="of log"):
+        assert_equal_logs(expected, actual)
+
+
+def test_comparison_notices_swapped_weights(tmp_path: Path) -> None:
+    expected, actual = both(
+        tmp_path,
+        {"desirable_weight": 0.9, "undesirable_weight": 1.1},
+        **models(),
+        train_dataset=text_rows(),
+        desirable_weight=1.1,
+        undesirable_weight=0.9,
+    )
+    with pytest.raises(AssertionError, match="loss of log"):
+        assert_equal_logs(expected, actual)
+
+
+def test_comparison_notices_a_dropped_kl_term(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kto_loss = fastkto.step.kto_loss
+
+    def without_kl(*args: Any, **kwargs: Any) -> Any:
+        return kto_loss(*args, **{**kwargs, "kl": torch.zeros_like(kwargs["kl"])})
+
+    monkeypatch.setattr(fastkto.step, "kto_loss", without_kl)
+    expected, actual = both(tmp_path, **models(), train_dataset=text_rows())
+    with pytest.raises(AssertionError, match="loss of log"):
+        assert_equal_logs(expected, actual)

@@ -1,0 +1,139 @@
+"""The same small run in TRL's KTOTrainer and in ours, and the comparison of their logs."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+from datasets import Dataset
+
+import fastkto
+from tests.models import tiny_tokenizer
+
+STEPS = 4
+WORDS = ["the", "other", "rain", "in", "an", "order", "ran", "thin", "a", "tern", "ore", "thane"]
+
+
+def words(generator: random.Random, low: int, high: int) -> str:
+    return " ".join(generator.choice(WORDS) for _ in range(generator.randint(low, high)))
+
+
+def text_rows(count: int = 32, seed: int = 0, label: bool | None = None) -> Dataset:
+    """Rows of very different lengths; `label` gives all of them one class."""
+    generator = random.Random(seed)
+    return Dataset.from_list(
+        [
+            {
+                "prompt": words(generator, 1, 12) + ":",
+                "completion": " " + words(generator, 1, 14),
+                "label": generator.random() < 0.5 if label is None else label,
+            }
+            for _ in range(count)
+        ]
+    )
+
+
+def chat_rows(count: int = 32, seed: int = 0) -> Dataset:
+    def turn(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    rows = text_rows(count, seed).to_list()
+    for row in rows:
+        row["prompt"] = turn("user", row["prompt"])
+        row["completion"] = turn("assistant", row["completion"])
+    return Dataset.from_list(rows)
+
+
+def paired_rows(count: int = 16, seed: int = 0) -> Dataset:
+    """Interleaved with TRL's blocks: all chosen answers come before all rejected ones."""
+    generator = random.Random(seed)
+    return Dataset.from_list(
+        [
+            {
+                "prompt": words(generator, 1, 12) + ":",
+                "chosen": " " + words(generator, 1, 14),
+                "rejected": " " + words(generator, 1, 14),
+            }
+            for _ in range(count)
+        ]
+    )
+
+
+def log_history(
+    library: Any,
+    directory: Path,
+    *,
+    model: Any,
+    ref_model: Any = None,
+    train_dataset: Dataset,
+    eval_dataset: Any = None,
+    peft_config: Any = None,
+    **config: Any,
+) -> list[dict[str, float]]:
+    """Train `STEPS` steps with `library` (trl or fastkto) on copies of the models: its logs."""
+    settings = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "learning_rate": 0.02,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False,
+        "max_grad_norm": 1.0,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "eval_strategy": "no" if eval_dataset is None else "steps",
+        "eval_steps": 2,
+        "seed": 7,
+        **config,
+    }
+    trainer = library.KTOTrainer(
+        model=copy.deepcopy(model),
+        ref_model=copy.deepcopy(ref_model),
+        args=library.KTOConfig(output_dir=str(directory / library.__name__), **settings),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tiny_tokenizer(),
+        peft_config=copy.deepcopy(peft_config),
+    )
+    trainer.train()
+    return trainer.state.log_history
+
+
+def both(directory: Path, ours: dict[str, Any] | None = None, **run: Any) -> tuple[list, list]:
+    """The logs of TRL and of fastkto; `ours` holds settings for fastkto alone."""
+    expected = log_history(trl, directory, **run)
+    actual = log_history(fastkto, directory, **{**run, **(ours or {})})
+    return expected, actual
+
+
+NOT_COMPARED = ("runtime", "per_second", "total_flos", "epoch", "step", "learning_rate")
+
+
+def assert_equal_logs(
+    expected: list[dict[str, float]], actual: list[dict[str, float]], *, kl_used: bool = True
+) -> None:
+    """Every metric of every step: 1e-4 relative; differences of log-probabilities 1e-6 of those.
+
+    With `kl_used`, a run in which the KL estimate is mostly clamped to 0 proves nothing and fails.
+    """
+    assert len(actual) == len(expected)
+    for step, (theirs, ours) in enumerate(zip(expected, actual, strict=True)):
+        names = [n for n in theirs if not any(part in n for part in NOT_COMPARED)]
+        assert set(names) <= set(ours), f"log {step} lacks {set(names) - set(ours)}"
+        logps = max((abs(v) for n, v in theirs.items() if "logps/" in n), default=0.0)
+        for name in names:
+            difference = any(part in name for part in ("kl", "rewards/"))
+            tolerance = {"rel": 0.0, "abs": 1e-6 * logps} if difference else {"rel": 1e-4}
+            assert ours[name] == pytest.approx(theirs[name], **tolerance), f"{name} of log {step}"
+    if kl_used:
+        kls = [log["kl"] for log in expected if "kl" in log]
+        assert sum(kl > 0 for kl in kls) > len(kls) / 2, f"the KL estimate is mostly 0: {kls}"
