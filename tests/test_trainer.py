@@ -299,10 +299,14 @@ def test_first_kl_of_a_new_adapter_is_exactly_zero(tmp_path: Path) -> None:
     assert second["kl_raw"] != 0.0
 
 
-def test_dropout_does_not_reach_reference_and_kl(tmp_path: Path) -> None:
-    run = trainer(tmp_path, peft_config=lora(lora_dropout=0.5), disable_dropout=False)
+def test_dropout_reaches_only_passes_with_gradient(tmp_path: Path) -> None:
+    adapter = lora(lora_dropout=0.5, init_lora_weights=False)
+    without = trainer(tmp_path, peft_config=adapter)
+    run = trainer(tmp_path, peft_config=adapter, disable_dropout=False)
+    without.train()
     run.train()
-    assert run.state.log_history[0]["kl_raw"] == 0.0
+    assert run.state.log_history[0]["kl_raw"] == without.state.log_history[0]["kl_raw"]
+    assert run.state.log_history[0]["loss"] != without.state.log_history[0]["loss"]
     layers = [m for m in run.model.modules() if isinstance(m, nn.Dropout)]
     assert layers and all(layer.p == 0.5 and layer.training for layer in layers)
 

@@ -71,6 +71,20 @@ def test_equal_for_settings(config: dict, tmp_path: Path) -> None:
     assert_equal_logs(expected, actual)
 
 
+def test_equal_where_kl_is_clamped(tmp_path: Path) -> None:
+    pair = models()
+    expected, actual = both(
+        tmp_path,
+        SMALL_PASSES,
+        model=pair["ref_model"],
+        ref_model=pair["model"],
+        train_dataset=text_rows(),
+        eval_dataset=text_rows(8, seed=9),
+    )
+    assert_equal_logs(expected, actual, kl_used=False)
+    assert all(log["kl"] == 0 > log["kl_raw"] for log in actual if "kl" in log)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "phi", "gpt2", "mixtral"])
 def test_equal_for_head_family(family: str, tmp_path: Path) -> None:
     expected, actual = both(tmp_path, SMALL_PASSES, **models(family), train_dataset=text_rows())
