@@ -34,9 +34,13 @@ class Sequences(NamedTuple):
         prompts = [min(self.prompt_lengths[row], longest) for row in rows]
         kept = [min(self.lengths[row], longest) for row in rows]
         return Sequences(
-            input_ids=torch.cat([pieces[row][:length] for row, length in zip(rows, kept, strict=True)]),
+            input_ids=torch.cat(
+                [pieces[row][:length] for row, length in zip(rows, kept, strict=True)]
+            ),
             prompt_lengths=prompts,
-            completion_lengths=[length - prompt for length, prompt in zip(kept, prompts, strict=True)],
+            completion_lengths=[
+                length - prompt for length, prompt in zip(kept, prompts, strict=True)
+            ],
         )
 
 

@@ -20,8 +20,11 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 def model_init_kwargs(args: KTOConfig, quantization_config: Any) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained`, with TRL's defaults (fp32 unless told otherwise)."""
-    kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
-    kwargs.update(args.model_init_kwargs or {})
+    given = args.model_init_kwargs or {}
+    if isinstance(given, str):
+        raise TypeError(f"model_init_kwargs is {given!r}; pass a dict or a JSON object")
+    kwargs: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
+    kwargs.update(given)
     if isinstance(kwargs["dtype"], str):
         if kwargs["dtype"] not in DTYPES:
             raise ValueError(f"dtype is {kwargs['dtype']!r}; choose from {DTYPES}")
@@ -78,15 +81,14 @@ def prepare_adapter(policy: PreTrainedModel | PeftModel, args: KTOConfig) -> Non
 
 
 def load_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | None, policy: nn.Module, args: KTOConfig
+    tokenizer: PreTrainedTokenizerBase | None, model: Any, init_kwargs: dict[str, Any]
 ) -> PreTrainedTokenizerBase:
     """The tokenizer given, or the one beside the model; it pads with EOS if it has no pad token."""
     if tokenizer is None:
-        revision = (args.model_init_kwargs or {}).get("revision")
         tokenizer = AutoTokenizer.from_pretrained(
-            policy.config._name_or_path,
-            revision=revision,
-            trust_remote_code=args.trust_remote_code,
+            model if isinstance(model, str) else model.config._name_or_path,
+            revision=init_kwargs.get("revision"),
+            trust_remote_code=init_kwargs["trust_remote_code"],
         )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(
@@ -100,6 +102,7 @@ def load_tokenizer(
 
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0, that of attention weights included."""
+    module: Any
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0

@@ -26,7 +26,7 @@ class Reference:
     adapter: str | None = None
 
     @contextmanager
-    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def scoring(self, policy: Any) -> Iterator[nn.Module]:
         """Yield the module that scores as the reference does, within the block only."""
         if self.model is not None:
             yield self.model

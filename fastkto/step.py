@@ -33,7 +33,7 @@ class StepSettings:
     """What stays the same from batch to batch."""
 
     args: KTOConfig
-    policy: nn.Module  # as prepared by accelerate, without a DistributedDataParallel around it
+    policy: Any  # as prepared by accelerate, without a DistributedDataParallel around it
     reference: Reference
     router_aux_loss_coef: float  # 0 without a router
     experts_per_token: int
@@ -74,7 +74,8 @@ class BatchLoss:
             kl_logprob = sequence_logprobs(settings.policy, mismatched, max_tokens)
             self._estimate_kl(kl_logprob - kl_reference_logprob, batch["kl_completion_lengths"])
         if settings.router_aux_loss_coef and len(self.plan) > 1:
-            self._expert_counts = sum(self._count_experts(rows) for rows in self.plan)
+            counts = [self._count_experts(rows) for rows in self.plan]
+            self._expert_counts = torch.stack(counts).sum(0)
 
     def _estimate_kl(self, log_ratio: Tensor, kl_lengths: list[int]) -> None:
         """`max(0, mean log-ratio of the mismatched sequences)`, over all ranks' rows."""

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import gather_object
@@ -45,7 +45,7 @@ from fastkto.step import BatchLoss, StepSettings
 
 logger = logging.getLogger(__name__)
 
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 COLUMNS = ["prompt_ids", "completion_ids", "label", "length", "row"]
 
 
@@ -94,14 +94,15 @@ class KTOTrainer(Trainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = KTOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-KTO")
         check_arguments(model, ref_model, args, compute_metrics)
-        set_seed(args.seed)  # before the model: the weights of a new adapter are random
+        # The rows first: a mistake in them should not wait for a model to load.
         init_kwargs = model_init_kwargs(args, quantization_config)
-        policy = load_policy(model, init_kwargs, peft_config)
-        prepare_adapter(policy, args)
-        tokenizer = load_tokenizer(processing_class, policy, args)
+        tokenizer = load_tokenizer(processing_class, model, init_kwargs)
         self.row_reports: dict[str, RowReport] = {}
         train_dataset = self._prepare(train_dataset, "train", tokenizer, args)
         eval_dataset = self._prepare(eval_dataset, "eval", tokenizer, args)
+        set_seed(args.seed)  # before the model: the weights of a new adapter are random
+        policy = load_policy(model, init_kwargs, peft_config)
+        prepare_adapter(policy, args)
         self.reference = choose_reference(
             policy, ref_model, new_adapter=peft_config is not None, init_kwargs=init_kwargs
         )
@@ -125,7 +126,10 @@ class KTOTrainer(Trainer):
 
     def _set_up_step(self, args: KTOConfig) -> None:
         check_devices(self)
-        self.model_accepts_loss_kwargs = False  # read where loss_is_scaled_for_ga does not exist
+        # Some transformers read this in place of loss_is_scaled_for_ga, and have accelerate divide
+        # by the accumulation steps a second time.
+        self.model_accepts_loss_kwargs = False
+        self.accelerator.gradient_accumulation_steps = 1
         self._signature_columns = COLUMNS
         self.model.add_model_tags(["fastkto", "kto"])
         if self.reference.model is not None:
@@ -338,6 +342,17 @@ class KTOTrainer(Trainer):
         if is_first:
             self._first_evaluation_rows = seen
         return repeated
+
+    # ---- Checkpoints ----
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.reference.adapter is not None:
+            # Some transformers load the adapters in subfolders and forget the one beside them.
+            policy: Any = self.model if model is None else model
+            policy.load_adapter(resume_from_checkpoint, policy.active_adapter, is_trainable=True)
 
     # ---- Checks ----
 

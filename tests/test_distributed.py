@@ -54,7 +54,9 @@ def test_two_processes_equal_one(case: str, runs: Path) -> None:
     weights = torch.load(one / "weights0.pt")
     for rank in range(WORLD_SIZE):
         for name, weight in torch.load(two / f"weights{rank}.pt").items():
-            torch.testing.assert_close(weight, weights[name], rtol=1e-5, atol=1e-5, msg=name)
+            torch.testing.assert_close(
+                weight, weights[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
     expected = result(one, 0)
     compared = [n for n in expected["logs"][0] if n not in ("epoch", "step", "learning_rate")]

@@ -65,9 +65,7 @@ def test_equal_with_explicit_reference(loss_type: str, passes: dict, tmp_path: P
     ids=["weights and beta", "accumulation", "checkpointing", "cut rows"],
 )
 def test_equal_for_settings(config: dict, tmp_path: Path) -> None:
-    expected, actual = both(
-        tmp_path, SMALL_PASSES, **models(), train_dataset=text_rows(), **config
-    )
+    expected, actual = both(tmp_path, SMALL_PASSES, **models(), train_dataset=text_rows(), **config)
     assert_equal_logs(expected, actual)
 
 

@@ -104,6 +104,8 @@ def log_history(
         processing_class=tiny_tokenizer(),
         peft_config=copy.deepcopy(peft_config),
     )
+    # Some transformers divide gradients by the accumulation steps twice; fastkto prevents it.
+    trainer.accelerator.gradient_accumulation_steps = 1
     trainer.train()
     return trainer.state.log_history
 
