@@ -1,0 +1,90 @@
+"""The command line: `fastkto train` and `fastkto demo`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import fastkto
+from fastkto.console import (
+    CommandError,
+    SentenceParser,
+    complain,
+    nearest,
+    rank,
+    say,
+    show_library_logs,
+)
+
+COMMANDS = {
+    "train": "train a model on rows of your own",
+    "demo": "teach a tiny model a task and improve it with KTO: no download, no GPU, 3 minutes",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0, 2 for a mistake of the user's, 130 for Ctrl-C."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        _run(words)
+    except CommandError as error:
+        if rank() == 0 or error.everywhere:
+            complain(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return 130
+    return 0
+
+
+def _run(words: list[str]) -> None:
+    lines = "\n".join(f"  {name:<7} {text}" for name, text in COMMANDS.items())
+    parser = SentenceParser(
+        prog="fastkto",
+        usage="fastkto COMMAND ...",
+        description="KTO training for long contexts and little memory.",
+        epilog=f"commands:\n{lines}\n\n`fastkto COMMAND --help` lists a command's arguments.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"fastkto {fastkto.__version__}")
+    command = parser.parse_args(words[:1]).command
+    if command is None:
+        say(parser.format_help())
+    elif command not in COMMANDS:
+        near = nearest(command, COMMANDS)
+        raise CommandError(f"there is no command {command!r}; did you mean {near}?")
+    else:
+        show_library_logs()
+        {"train": _train, "demo": _demo}[command](words[1:])
+
+
+def _train(words: list[str]) -> None:
+    # transformers takes seconds to import, so what does not need it comes first
+    from fastkto.parser import HELP_FLAGS, TrainParser
+
+    parser = TrainParser()
+    if set(words) & set(HELP_FLAGS):
+        say(parser.format_help() if set(words) & {"-h", "--help"} else parser.format_all())
+        return
+    arguments = parser.parse(words)
+
+    from fastkto.train import train
+
+    train(arguments)
+
+
+def _demo(words: list[str]) -> None:
+    parser = SentenceParser(prog="fastkto demo", description=COMMANDS["demo"])
+    parser.add_argument(
+        "--output_dir", "--output-dir", type=Path, default=Path("fastkto-demo"), metavar="FOLDER",
+        help="where the model, the rows and the plot go (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="NUMBER", help="another seed, another run"
+    )
+    arguments = parser.parse_args(words)
+
+    from fastkto.demo import run_demo
+
+    run_demo(arguments.output_dir, seed=arguments.seed, say=say)

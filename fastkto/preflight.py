@@ -1,0 +1,93 @@
+"""What `fastkto train` refuses before anything is loaded."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from transformers import TrainerState
+from transformers.integrations import get_reporting_integration_callbacks
+
+from fastkto.arguments import Arguments
+from fastkto.config import KTOConfig
+from fastkto.console import CommandError, mistakes
+from fastkto.limits import check_arguments
+
+
+def check(arguments: Arguments) -> None:
+    """Refuse what can be refused before anything is loaded."""
+    model, args = arguments.model, arguments.training
+    if model.model_name_or_path is None:
+        raise CommandError("--model is missing; give a model's folder or its id on the hub")
+    if arguments.data.dataset_name is None:
+        raise CommandError(
+            "--data is missing; give a .jsonl, .json, .csv or .parquet file, a folder, or a data "
+            "set's id on the hub"
+        )
+    if args.n_gpu > 1:
+        raise CommandError(
+            f"{args.n_gpu} GPUs are visible to this process; start one process for each with "
+            "`accelerate launch -m fastkto train ...`, or choose one with CUDA_VISIBLE_DEVICES=0"
+        )
+    check_arguments(model.model_name_or_path, None, args, None)
+    for flag, name in (("--model", model.model_name_or_path), ("--ref_model", model.ref_model)):
+        if name is not None:
+            _check_folder(flag, name)
+    bits = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+    if model.load_in_4bit or model.load_in_8bit:
+        if model.load_in_4bit and model.load_in_8bit:
+            raise CommandError("load_in_4bit and load_in_8bit exclude each other; choose one")
+        if not model.use_peft:
+            raise CommandError(f"{bits} freezes the weights; add --use_peft to train an adapter")
+        if find_spec("bitsandbytes") is None:
+            raise CommandError(f"{bits} needs the package bitsandbytes; pip install bitsandbytes")
+    with mistakes(ValueError, RuntimeError, ImportError, about="report_to"):
+        for tracker in get_reporting_integration_callbacks(args.report_to):
+            tracker()  # it looks for its package
+    resume_from(args)
+
+
+def _check_folder(flag: str, name: str) -> None:
+    """Refuse what looks like a local folder and holds no model; a hub id passes."""
+    folder = Path(name)
+    if not folder.exists():
+        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise CommandError(f"{flag}: there is no folder {name}")
+        return
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise CommandError(
+            f"{flag}: {name} holds an adapter without its model; merge it into the model first "
+            "(merge_and_unload), or train it from Python with peft.AutoPeftModelForCausalLM"
+        )
+    raise CommandError(f"{flag}: {name} holds no config.json, so it is no saved model")
+
+
+def resume_from(args: KTOConfig) -> str | None:
+    """The checkpoint to resume from: a folder, or the last whole one in output_dir for "true"."""
+    asked = str(args.resume_from_checkpoint or "false")
+    if asked.lower() == "false":
+        return None
+    if asked.lower() != "true":
+        if not _is_whole(Path(asked)):
+            raise CommandError(f"--resume_from_checkpoint: {asked} is no checkpoint's folder")
+        return asked
+    steps = {
+        int(folder.name.removeprefix("checkpoint-")): folder
+        for folder in Path(str(args.output_dir)).glob("checkpoint-*")
+        if folder.name.removeprefix("checkpoint-").isdecimal() and _is_whole(folder)
+    }
+    if not steps:
+        raise CommandError(
+            f"--resume_from_checkpoint: there is no checkpoint in {args.output_dir}; leave the "
+            "flag out to start from the beginning"
+        )
+    return str(steps[max(steps)])
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end, of which the trainer's state is the last."""
+    try:
+        TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    except (OSError, ValueError):
+        return False
+    return True

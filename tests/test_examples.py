@@ -1,0 +1,42 @@
+"""The files in `examples/`, run as they are with a tiny model."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastkto.cli import main
+from fastkto.load import load_rows
+from tests.cli_files import read_logs, save_model
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_the_yaml_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)  # its paths are relative to the repository
+    model = save_model(tmp_path / "model")
+    argv = ["train", "--config", "examples/train.yaml", "--model", model]
+    argv += ["--output_dir", str(tmp_path / "out"), "--max_steps=3", "--logging_steps=1"]
+    assert main(argv) == 0
+    logs = [log for log in read_logs(tmp_path / "out") if "loss" in log]
+    assert len(logs) == 3 and all("rewards/chosen" in log for log in logs)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_the_yaml_fits_the_data() -> None:
+    config = yaml.safe_load((EXAMPLES / "train.yaml").read_text())
+    labels = load_rows(EXAMPLES / "kto_rows.jsonl")["label"]
+    assert len(labels) >= 200 and 0.4 < sum(labels) / len(labels) < 0.6
+    assert config["dataset_name"] == "examples/kto_rows.jsonl"
+
+
+def test_the_script_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = EXAMPLES / "train.py"
+    assert len(script.read_text().splitlines()) <= 25
+    model = save_model(tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", [str(script), model, str(tmp_path / "out")])
+    variables = runpy.run_path(str(script))
+    assert variables["trainer"].state.global_step == 31
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
