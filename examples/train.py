@@ -6,7 +6,7 @@ from pathlib import Path
 from peft import LoraConfig
 
 from fastkto import KTOConfig, KTOTrainer
-from fastkto.load import load_rows
+from fastkto.data.load import load_rows
 
 model, output_dir = sys.argv[1:]
 trainer = KTOTrainer(

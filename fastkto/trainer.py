@@ -24,8 +24,9 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastkto.batch import KTOCollator, check_batch, pair_first_rows
 from fastkto.config import KTOConfig
+from fastkto.data.batch import KTOCollator, check_batch, pair_first_rows
+from fastkto.data.rows import RowReport, prepare_rows
 from fastkto.head import attach_scoring
 from fastkto.head_check import check_head
 from fastkto.limits import BATCH_OF_ONE, check_arguments, check_devices, check_optimizer
@@ -40,7 +41,6 @@ from fastkto.policy import (
     router_settings,
 )
 from fastkto.reference import choose_reference
-from fastkto.rows import RowReport, prepare_rows
 from fastkto.step import BatchLoss, StepSettings
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from peft import LoraConfig
 
 import fastkto.trainer
 from fastkto import KTOConfig, KTOTrainer
-from fastkto.batch import KTOCollator
+from fastkto.data.batch import KTOCollator
 from fastkto.step import BatchLoss
 from tests.models import tiny_model, tiny_tokenizer
 

@@ -17,8 +17,8 @@ from transformers import Trainer, TrainingArguments
 from trl import KTOTrainer as TRLTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from fastkto.batch import KTOCollator, check_batch, pair_first_rows
-from fastkto.rows import prepare_rows
+from fastkto.data.batch import KTOCollator, check_batch, pair_first_rows
+from fastkto.data.rows import prepare_rows
 from tests.models import tiny_model, tiny_tokenizer
 
 MAX_LENGTH = 24
@@ -276,7 +276,9 @@ def test_a_batch_without_pairs_is_fine_where_none_are_needed() -> None:
     batch = good()
     del batch["kl_completion_ids"], batch["kl_completion_lengths"]
     check_batch(batch, needs_kl=False)
-    with pytest.raises(TypeError, match="the batch is a list, expected a dict; use fastkto.batch"):
+    with pytest.raises(
+        TypeError, match="the batch is a list, expected a dict; use fastkto"
+    ):
         check_batch([1])
 
 

@@ -13,13 +13,13 @@ import trl
 from trl.scripts.utils import ScriptArguments
 
 import fastkto
-from fastkto.arguments import DataArguments, ModelArguments
 from fastkto.cli import main
-from fastkto.console import CommandError, mistakes
-from fastkto.parser import TrainParser
+from fastkto.cli.arguments import DataArguments, ModelArguments
+from fastkto.cli.console import CommandError, mistakes
+from fastkto.cli.parser import TrainParser
+from fastkto.cli.preflight import check, resume_from
+from fastkto.cli.train import peft_config
 from fastkto.passes import Sequences, plan_passes
-from fastkto.preflight import check, resume_from
-from fastkto.train import peft_config
 from tests.cli_files import Row, read_logs, save_model, write_rows
 
 GOOD: Row = {"prompt": "a:", "completion": " b", "label": True}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fastkto.cli import main
-from fastkto.load import load_rows
+from fastkto.data.load import load_rows
 from tests.cli_files import read_logs, save_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

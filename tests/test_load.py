@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
-from fastkto.load import load_rows
-from fastkto.rows import prepare_rows
+from fastkto.data.load import load_rows
+from fastkto.data.rows import prepare_rows
 from tests.models import tiny_tokenizer
 from tests.row_data import MAX_LENGTH, make, text_data, text_row
 
@@ -156,5 +156,5 @@ def test_the_cache_serves_other_values_of_max_length(
     first = files_after(60)
     assert len(first) == 2  # one for the check, one for the tokens
     assert files_after(30) == first
-    monkeypatch.setattr("fastkto.rows.source_digest", lambda: "code of another version")
+    monkeypatch.setattr("fastkto.data.rows.source_digest", lambda: "code of another version")
     assert len(files_after(60)) == 4

@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
-from fastkto.formats import read_label
-from fastkto.rows import prepare_rows
+from fastkto.data.formats import read_label
+from fastkto.data.rows import prepare_rows
 from tests.models import tiny_tokenizer
 from tests.row_data import assistant, conversation_row, make, stream_of, text_data, text_row, user
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from trl import KTOTrainer as TRLTrainer
 from trl.data_utils import extract_prompt as trl_extract_prompt
 
-from fastkto.formats import extract_prompt
-from fastkto.rows import RowReport, prepare_rows
+from fastkto.data.formats import extract_prompt
+from fastkto.data.rows import RowReport, prepare_rows
 from tests.models import tiny_tokenizer
 from tests.row_data import (
     MAX_LENGTH,

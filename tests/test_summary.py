@@ -9,8 +9,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from fastkto import KTOConfig, KTOTrainer
+from fastkto.cli.summary import describe_run, look_at_batches, precision, precision_warnings
 from fastkto.passes import plan_passes
-from fastkto.summary import describe_run, look_at_batches, precision, precision_warnings
 from tests.models import tiny_model, tiny_tokenizer
 
 BATCH = 4

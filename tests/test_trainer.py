@@ -17,7 +17,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fastkto import KTOConfig, KTOTrainer
-from fastkto.batch import KTOCollator
+from fastkto.data.batch import KTOCollator
 from fastkto.limits import check_devices, check_optimizer
 from tests.models import tiny_model, tiny_tokenizer
 from tests.trl_runs import text_rows
@@ -410,7 +410,7 @@ def test_foreign_batch_is_refused_by_name(tmp_path: Path) -> None:
         return {"input_ids": torch.zeros(4, 4, dtype=torch.int64)}
 
     run = trainer(tmp_path, data_collator=collate)
-    with pytest.raises(ValueError, match="use fastkto.batch.KTOCollator"):
+    with pytest.raises(ValueError, match="use fastkto.data.batch.KTOCollator"):
         run.train()
 
 

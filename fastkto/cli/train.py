@@ -15,14 +15,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fastkto.arguments import Arguments, ModelArguments
+from fastkto.cli.arguments import Arguments, ModelArguments
+from fastkto.cli.console import CommandError, mistakes, rank, say, table, warn
+from fastkto.cli.preflight import check, resume_from
+from fastkto.cli.progress import TrainingProgress, describe_end
+from fastkto.cli.summary import describe_run
 from fastkto.config import KTOConfig
-from fastkto.console import CommandError, mistakes, rank, say, table, warn
-from fastkto.load import load_rows
+from fastkto.data.load import load_rows
 from fastkto.policy import load_policy, model_init_kwargs
-from fastkto.preflight import check, resume_from
-from fastkto.progress import TrainingProgress, describe_end
-from fastkto.summary import describe_run
 from fastkto.trainer import KTOTrainer
 
 SETTING_UP = (ValueError, OSError, ImportError)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fastkto import formats
-from fastkto.formats import Example, Problem, RowFormat
+from fastkto.data import formats
+from fastkto.data.formats import Example, Problem, RowFormat
 
 logger = logging.getLogger(__name__)
 

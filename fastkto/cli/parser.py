@@ -12,9 +12,9 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from fastkto.arguments import Arguments, DataArguments, ModelArguments
+from fastkto.cli.arguments import Arguments, DataArguments, ModelArguments
+from fastkto.cli.console import CommandError, SentenceParser, mistakes, nearest, unknown_flag
 from fastkto.config import KTOConfig
-from fastkto.console import CommandError, SentenceParser, mistakes, nearest, unknown_flag
 
 HELP_FLAGS = ("-h", "--help", "--help_all", "--help-all")
 

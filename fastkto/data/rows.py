@@ -12,9 +12,9 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from fastkto import formats
-from fastkto.formats import Problem, RowFormat
-from fastkto.tokenise import (
+from fastkto.data import formats
+from fastkto.data.formats import Problem, RowFormat
+from fastkto.data.tokenise import (
     Check,
     Tokenise,
     TokeniseStream,

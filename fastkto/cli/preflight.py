@@ -6,9 +6,9 @@ from pathlib import Path
 from transformers import TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 
-from fastkto.arguments import Arguments
+from fastkto.cli.arguments import Arguments
+from fastkto.cli.console import CommandError, mistakes
 from fastkto.config import KTOConfig
-from fastkto.console import CommandError, mistakes
 from fastkto.limits import check_arguments
 
 

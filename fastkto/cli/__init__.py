@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fastkto
-from fastkto.console import (
+from fastkto.cli.console import (
     CommandError,
     SentenceParser,
     complain,
@@ -61,7 +61,7 @@ def _run(words: list[str]) -> None:
 
 def _train(words: list[str]) -> None:
     # transformers takes seconds to import, so what does not need it comes first
-    from fastkto.parser import HELP_FLAGS, TrainParser
+    from fastkto.cli.parser import HELP_FLAGS, TrainParser
 
     parser = TrainParser()
     if set(words) & set(HELP_FLAGS):
@@ -69,7 +69,7 @@ def _train(words: list[str]) -> None:
         return
     arguments = parser.parse(words)
 
-    from fastkto.train import train
+    from fastkto.cli.train import train
 
     train(arguments)
 

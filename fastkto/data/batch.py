@@ -77,7 +77,7 @@ def check_batch(batch: Any, *, needs_kl: bool = True) -> None:
 
     For batches of other collators. Looks at types and sizes only, so nothing waits for the device.
     """
-    remedy = "use fastkto.batch.KTOCollator, or have your data_collator return what it returns"
+    remedy = "use fastkto.data.batch.KTOCollator, or have your data_collator return what it returns"
     if not isinstance(batch, dict):
         raise TypeError(f"the batch is a {type(batch).__name__}, expected a dict; {remedy}")
     wanted = (*_KEYS, *_KL_KEYS) if needs_kl else _KEYS
@@ -116,7 +116,7 @@ def _check_rows(rows: Sequence[dict[str, Any]], max_length: int | None) -> None:
         if missing := [column for column in _ROW_COLUMNS if column not in row]:
             raise ValueError(
                 f"a row has no {', '.join(missing)}; it has {', '.join(row) or 'no columns'}; pass "
-                "the data set through fastkto.rows.prepare_rows first"
+                "the data set through fastkto.data.rows.prepare_rows first"
             )
         room = 1 if max_length is None else max_length - len(row["prompt_ids"])
         if room < 1 or not row["completion_ids"]:

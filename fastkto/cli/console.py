@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -136,6 +135,6 @@ def _raised_by_fastkto(traceback: TracebackType | None) -> bool:
         return False
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
-    code = traceback.tb_frame.f_code
-    is_raise = code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return is_raise and Path(code.co_filename).parent == Path(__file__).parent
+    frame = traceback.tb_frame
+    is_raise = frame.f_code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return is_raise and frame.f_globals["__name__"].startswith("fastkto.")
