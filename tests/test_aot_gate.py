@@ -1,0 +1,175 @@
+"""The ahead-of-time gate passes for our kernels, and fails for what it is there to catch."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastkto import kto_loss, linear_logprob
+from fastkto.loss import sum_completions
+from tests.conftest import HAS_TRITON
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+
+ROOT = Path(__file__).parent.parent
+Form = tuple[str, frozenset[tuple[str, Any]]]
+
+SOURCE = """
+import triton
+import triton.language as tl
+from typing import NamedTuple
+
+class Case(NamedTuple):
+    kernel: object
+    signature: dict
+    constexprs: dict
+    num_warps: int
+    label: str
+
+@triton.jit
+def _square(x):
+    return x * x
+
+@triton.jit
+def _kernel(x_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs)
+    tl.store(x_ptr + offs, {expression})
+"""
+STATED = """
+def compile_cases():
+    return [Case(_kernel, {"x_ptr": "*fp32"}, {"BLOCK": BLOCK}, 1, "_kernel")]
+"""
+
+
+def run_gate(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The gate in a process of its own, without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    folders = [str(ROOT / "kernels"), *([str(path)] if path else [])]
+    environment["PYTHONPATH"] = os.pathsep.join(folders)
+    command = [sys.executable, str(ROOT / "kernels" / "aot_gate.py"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def write_package(folder: Path, expression: str, stated: str) -> None:
+    package = folder / "probe_kernels"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "probe.py").write_text(SOURCE.replace("{expression}", expression) + stated)
+
+
+def test_our_kernels_pass() -> None:
+    result = run_gate("--targets", "sm_90")
+    assert result.returncode == 0, result.stdout + result.stderr
+    listed = {line.split()[0] for line in result.stdout.splitlines()}
+    assert {"_fold_kernel", "_gradient_kernel", "_sum_kernel", "_expand_kernel"} <= listed
+    assert "_load_logits" not in listed  # called by kernels, launched by nobody
+
+
+@pytest.mark.parametrize(
+    ("expression", "stated", "finding"),
+    [
+        ("_square(x)", STATED.replace("BLOCK}", "32}"), None),
+        ("_square(x)", "", "probe._kernel: no form in compile_cases()"),
+        ("_square(x)", STATED.replace("BLOCK}", "33}"), "power of 2"),
+        ("x / tl.sum(x, 0)", STATED.replace("BLOCK}", "8192}"), "spills"),
+        ("_square(x)", STATED.replace('{"BLOCK": BLOCK}', "{}"), "differ in BLOCK"),
+    ],
+    ids=["good", "unstated", "does not compile", "spills", "signature"],
+)
+def test_the_gate_finds(tmp_path: Path, expression: str, stated: str, finding: str | None) -> None:
+    write_package(tmp_path, expression, stated)
+    result = run_gate("--package", "probe_kernels", "--targets", "sm_80", path=tmp_path)
+    assert result.returncode == (0 if finding is None else 1), result.stdout + result.stderr
+    assert finding is None or finding in result.stdout
+    assert finding is not None or "FAILED" not in result.stdout
+
+
+def test_the_gate_refuses_a_package_without_kernels(tmp_path: Path) -> None:
+    (tmp_path / "probe_kernels").mkdir()
+    (tmp_path / "probe_kernels" / "__init__.py").touch()
+    result = run_gate("--package", "probe_kernels", path=tmp_path)
+    assert result.returncode != 0 and "has no kernels" in result.stderr
+
+
+def test_the_gate_finds_too_much_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("aot_gate", ROOT / "kernels" / "aot_gate.py")
+    assert spec is not None and spec.loader is not None
+    gate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gate)
+    case = importlib.import_module("fastkto_kernels.kto_loss").compile_cases()[0]
+    for shared, num_findings in ((64 * 1024, 0), (64 * 1024 + 1, 2)):
+        resources = gate.Resources(registers=40, spills=0, shared=shared)
+        monkeypatch.setattr(gate, "compile_case", lambda *_, found=resources, **__: found)
+        findings = gate._check_kernel([case], gate.TARGETS["gfx942"])
+        assert len(findings) == num_findings
+        assert all("65537 bytes of shared memory, limit 65536" in finding for finding in findings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="reads launches from the interpreter")
+def test_the_stated_forms_are_those_that_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile-time values and absent pointers of every launch, over all options."""
+    modules = [
+        importlib.import_module(f"fastkto_kernels.{name}")
+        for name in ("linear_logprob", "kto_loss")
+    ]
+    cases = [case for module in modules for case in module.compile_cases()]
+    stated = {_form(case.kernel, case.constexprs) for case in cases}
+    launched: set[Form] = set()
+
+    def record(kernel: Any) -> None:
+        run = kernel.run
+
+        def run_and_record(*args: Any, **kwargs: Any) -> Any:
+            launched.add(_form(kernel, kwargs))
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(kernel, "run", run_and_record)
+
+    for kernel in {case.kernel.__name__: case.kernel for case in cases}.values():
+        record(kernel)
+    _launch_everything()
+    assert launched == stated
+
+
+def _form(kernel: Any, arguments: dict[str, Any]) -> Form:
+    """Kernel, its compile-time values and its absent pointers."""
+    values = {
+        name: value
+        for name, value in arguments.items()
+        if name in kernel.arg_names and (value is None or name.isupper())
+    }
+    return kernel.__name__, frozenset(values.items())
+
+
+def _launch_everything() -> None:
+    """Every combination of options that decides how a kernel is launched."""
+    hidden, weight, bias = torch.ones(2, 4), torch.ones(3, 4), torch.ones(3)
+    target = torch.tensor([0, 2])
+    for has_bias, softcap, stats, (asks_hidden, asks_weight) in product(
+        (False, True), (None, 2.0), (False, True), ((True, False), (False, True), (True, True))
+    ):
+        logprob = linear_logprob(
+            hidden.clone().requires_grad_(asks_hidden),
+            weight.clone().requires_grad_(asks_weight),
+            target,
+            bias=bias if has_bias else None,
+            softcap=softcap,
+            stats=stats,
+            backend="triton",
+        ).logprob
+        kto_loss(
+            logprob,
+            torch.tensor([0, 2]),
+            torch.zeros(1),
+            torch.tensor([True]),
+            kl=torch.zeros(()),
+            backend="triton",
+        ).loss.backward()
+    sum_completions(torch.zeros(2), torch.tensor([0, 2]), backend="triton")
