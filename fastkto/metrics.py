@@ -41,8 +41,8 @@ class Metrics:
         unknown = set(sums) - set(FIELDS)
         if unknown:
             raise ValueError(f"unknown metric fields {sorted(unknown)}; known are {FIELDS}")
-        values = [torch.as_tensor(sums.get(name, 0.0), device=device) for name in FIELDS]
-        self._micro_batches.append(torch.stack([value.detach().double() for value in values]))
+        values = [_on_device(sums.get(name, 0.0), device) for name in FIELDS]
+        self._micro_batches.append(torch.stack(values))
 
     def clear(self) -> None:
         """Forget the recorded micro-batches."""
@@ -68,6 +68,12 @@ class Metrics:
             logs["kl_lone_rows"] = lone_rows
         rows = sum(sums["rows"] for sums in micro_batches)
         return logs, sum(sums["loss_sum"] for sums in micro_batches) / rows if rows else None
+
+
+def _on_device(value: Tensor | float, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def _values(sums: dict[str, float]) -> dict[str, float]:

@@ -50,6 +50,7 @@ class Pass(NamedTuple):
     A padded position repeats its sequence's last token, so no padding token is needed.
     """
 
+    rows: Tensor  # [b] int64, which of the sequences these are
     input_ids: Tensor  # [b, T] int64
     score_row: Tensor  # [N] int64, the sequence of each scored position
     score_position: Tensor  # [N] int64, counted from the end of the padded sequence: -1 is the last
@@ -112,17 +113,21 @@ def build_pass(sequences: Sequences, rows: Sequence[int]) -> Pass:
         real.append(index * longest + torch.arange(length))
         counts.append(len(scored))
 
-    def to_device(tensor: Tensor) -> Tensor:
-        return tensor.to(sequences.input_ids.device, non_blocking=True)
-
+    ids = sequences.input_ids
     return Pass(
-        input_ids=sequences.input_ids[to_device(torch.stack(tokens))],
-        score_row=to_device(torch.cat(score_rows)),
-        score_position=to_device(torch.cat(positions)),
-        score_target=sequences.input_ids[to_device(torch.cat(targets))],
-        offsets=to_device(torch.tensor(counts).cumsum(0)),
-        real_tokens=to_device(torch.cat(real)),
+        rows=move_index(torch.tensor(rows), ids),
+        input_ids=ids[move_index(torch.stack(tokens), ids)],
+        score_row=move_index(torch.cat(score_rows), ids),
+        score_position=move_index(torch.cat(positions), ids),
+        score_target=ids[move_index(torch.cat(targets), ids)],
+        offsets=move_index(torch.tensor(counts).cumsum(0), ids),
+        real_tokens=move_index(torch.cat(real), ids),
     )
+
+
+def move_index(index: Tensor, like: Tensor) -> Tensor:
+    """An index made on the CPU, on the device of `like`, without waiting for that device."""
+    return index.to(like.device, non_blocking=True)
 
 
 def run_pass(
@@ -142,7 +147,9 @@ def run_pass(
 
 
 @torch.no_grad()
-def sequence_logprobs(model: nn.Module, sequences: Sequences, max_tokens: int) -> Tensor:
+def sequence_logprobs(
+    model: nn.Module, sequences: Sequences, max_tokens: int, *, backend: str = "auto"
+) -> Tensor:
     """Log-probability of each completion, in nats: `[B]` fp64, without gradient."""
     logprob_B = torch.zeros(
         len(sequences.prompt_lengths), dtype=torch.float64, device=sequences.input_ids.device
@@ -150,7 +157,8 @@ def sequence_logprobs(model: nn.Module, sequences: Sequences, max_tokens: int) -
     for rows in plan_passes(sequences.lengths, max_tokens):
         pass_ = build_pass(sequences, rows)
         logprob_N = run_pass(model, pass_).logprob
-        logprob_B[rows] = sum_completions(logprob_N, pass_.offsets).to(logprob_B.device)
+        logprob_b = sum_completions(logprob_N, pass_.offsets, backend=backend)
+        logprob_B.index_copy_(0, pass_.rows, logprob_b.to(logprob_B.device))
     return logprob_B
 
 

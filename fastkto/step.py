@@ -17,9 +17,11 @@ from fastkto.config import KTOConfig
 from fastkto.loss import KTOLoss, kto_loss
 from fastkto.passes import (
     Pass,
+    Sequences,
     build_pass,
     matched_sequences,
     mismatched_sequences,
+    move_index,
     plan_passes,
     run_pass,
     sequence_logprobs,
@@ -64,14 +66,20 @@ class BatchLoss:
             self._score_without_gradient(batch)
 
     def _score_without_gradient(self, batch: dict[str, Any]) -> None:
-        settings, max_tokens = self.settings, self.settings.args.max_tokens_per_pass
+        settings, args = self.settings, self.settings.args
+
+        def score(model: nn.Module, sequences: Sequences) -> Tensor:
+            return sequence_logprobs(
+                model, sequences, args.max_tokens_per_pass, backend=args.backend
+            )
+
         with settings.reference.scoring(settings.policy) as reference:
-            self.reference_logprob = sequence_logprobs(reference, self.matched, max_tokens)
-            if settings.args.needs_kl:
+            self.reference_logprob = score(reference, self.matched)
+            if args.needs_kl:
                 mismatched = mismatched_sequences(batch)
-                kl_reference_logprob = sequence_logprobs(reference, mismatched, max_tokens)
-        if settings.args.needs_kl:
-            kl_logprob = sequence_logprobs(settings.policy, mismatched, max_tokens)
+                kl_reference_logprob = score(reference, mismatched)
+        if args.needs_kl:
+            kl_logprob = score(settings.policy, mismatched)
             self._estimate_kl(kl_logprob - kl_reference_logprob, batch["kl_completion_lengths"])
         if settings.router_aux_loss_coef and len(self.plan) > 1:
             counts = [self._count_experts(rows) for rows in self.plan]
@@ -79,7 +87,8 @@ class BatchLoss:
 
     def _estimate_kl(self, log_ratio: Tensor, kl_lengths: list[int]) -> None:
         """`max(0, mean log-ratio of the mismatched sequences)`, over all ranks' rows."""
-        paired = [row for row, length in enumerate(kl_lengths) if length > 0]
+        rows = [row for row, length in enumerate(kl_lengths) if length > 0]
+        paired = move_index(torch.tensor(rows, dtype=torch.int64), log_ratio)
         counted = self.counted[paired]
         self.finite[paired] &= torch.isfinite(log_ratio)
         local = torch.stack([(log_ratio * counted).sum(), counted.sum()])
@@ -108,8 +117,8 @@ class BatchLoss:
         result = kto_loss(
             scores.logprob,
             pass_.offsets,
-            self.reference_logprob[rows],
-            self.is_desirable[rows],
+            self.reference_logprob[pass_.rows],
+            self.is_desirable[pass_.rows],
             kl=self.kl,
             beta=args.beta,
             desirable_weight=args.desirable_weight,
@@ -118,7 +127,7 @@ class BatchLoss:
             num_rows=len(self.rows),
             backend=args.backend,
         )
-        self._record(rows, pass_, scores, result)
+        self._record(pass_, scores, result)
         if not has_router:
             return result.loss
         return result.loss + self._router_loss(scores.router_logits, pass_)
@@ -135,9 +144,9 @@ class BatchLoss:
         return self.settings.router_aux_loss_coef * loss
 
     @torch.no_grad()
-    def _record(self, rows: list[int], pass_: Pass, scores: Any, result: KTOLoss) -> None:
-        counted, desirable = self.counted[rows], self.is_desirable[rows]
-        self.finite[rows] &= torch.isfinite(result.log_ratio)
+    def _record(self, pass_: Pass, scores: Any, result: KTOLoss) -> None:
+        counted, desirable = self.counted[pass_.rows], self.is_desirable[pass_.rows]
+        self.finite[pass_.rows] &= torch.isfinite(result.log_ratio)
         self._add(
             loss_sum=(result.row_loss * counted).sum(),
             rows=counted.sum(),
