@@ -202,3 +202,57 @@ def test_gradients_do_not_depend_on_the_budget(family: str, config: dict, tmp_pa
             torch.testing.assert_close(
                 parts[name], gradient, rtol=1e-3, atol=1e-5 * float(scale), msg=name
             )
+
+
+class SavedBytes:
+    """Bytes that autograd keeps for backward, besides the weights: now, and at most."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.now = self.peak = 0
+
+    def pack(self, tensor: torch.Tensor) -> SavedTensor:
+        is_weight = tensor.untyped_storage().data_ptr() in self.weights
+        saved = SavedTensor(self, tensor, 0 if is_weight else tensor.nbytes)
+        self.now += saved.size
+        self.peak = max(self.peak, self.now)
+        return saved
+
+
+class SavedTensor:
+    def __init__(self, count: SavedBytes, tensor: torch.Tensor, size: int) -> None:
+        self.count, self.tensor, self.size = count, tensor, size
+
+    def __del__(self) -> None:
+        self.count.now -= self.size
+
+
+@pytest.mark.parametrize("batch_size", [8, 32])
+def test_activations_follow_the_budget_and_not_the_batch(batch_size: int, tmp_path: Path) -> None:
+    def peak(rows: int) -> int:
+        trainer = KTOTrainer(
+            model=tiny_model("llama", seed=1),
+            ref_model=tiny_model("llama", seed=8),
+            args=KTOConfig(
+                output_dir=str(tmp_path),
+                max_tokens_per_pass=120,
+                per_device_train_batch_size=rows,
+                gradient_checkpointing=False,
+                report_to="none",
+                use_cpu=True,
+            ),
+            train_dataset=text_rows(8).select([0, 1, 2, 3, 4, 5, 6, 7] * 4),
+            processing_class=tiny_tokenizer(),
+        )
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        saved = SavedBytes(trainer.model)
+        hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda s: s.tensor)
+        with hooks:
+            trainer.training_step(trainer.model, batch)
+        assert saved.now == 0
+        return saved.peak
+
+    smallest = peak(4)  # it holds the longest row, and takes more than one pass already
+    assert peak(batch_size) <= 1.1 * smallest
