@@ -276,9 +276,7 @@ def test_a_batch_without_pairs_is_fine_where_none_are_needed() -> None:
     batch = good()
     del batch["kl_completion_ids"], batch["kl_completion_lengths"]
     check_batch(batch, needs_kl=False)
-    with pytest.raises(
-        TypeError, match="the batch is a list, expected a dict; use fastkto"
-    ):
+    with pytest.raises(TypeError, match="the batch is a list, expected a dict; use fastkto"):
         check_batch([1])
 
 

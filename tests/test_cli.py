@@ -353,3 +353,12 @@ def test_an_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-40").mkdir()
     args = fastkto.KTOConfig(str(tmp_path), resume_from_checkpoint="true")
     assert resume_from(args) == str(tmp_path / "checkpoint-12")
+
+
+def test_demo_refuses_a_file_as_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert main(["demo", "--output-dir", str(file)]) == 2
+    assert capsys.readouterr().err == f"error: output_dir {file} is a file; give a folder\n"

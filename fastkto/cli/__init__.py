@@ -10,6 +10,7 @@ from fastkto.cli.console import (
     CommandError,
     SentenceParser,
     complain,
+    mistakes,
     nearest,
     rank,
     say,
@@ -87,4 +88,5 @@ def _demo(words: list[str]) -> None:
 
     from fastkto.demo import run_demo
 
-    run_demo(arguments.output_dir, seed=arguments.seed, say=say)
+    with mistakes(OSError):
+        run_demo(arguments.output_dir, seed=arguments.seed, say=say)
