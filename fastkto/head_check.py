@@ -67,7 +67,7 @@ def check_head(model: nn.Module, rows: Sequence[Tensor | Sequence[int]]) -> Head
     sequences = [sequence for sequence in sequences if len(sequence) > 1]
     if not sequences:
         raise ValueError("rows has no sequence of two tokens or more; pass real rows")
-    with _evaluating(model):
+    with evaluating(model):
         dtypes: set[torch.dtype] = set()
         measured = [_measure_row(model, inner, sequence, dtypes) for sequence in sequences]
     rounding = max(_unit_rounding(dtype) for dtype in dtypes)
@@ -184,7 +184,7 @@ def _unit_rounding(dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradient; every module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

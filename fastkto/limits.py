@@ -10,30 +10,58 @@ from fastkto.config import KTOConfig
 # These optimizers update the weights inside backward, so a second pass would see other weights.
 STEPS_IN_BACKWARD = ("lomo", "layerwise")
 
-BATCH_OF_ONE = (
-    "per_device_train_batch_size is 1 and loss_type='kto' estimates its KL term from each row's "
-    "prompt with another row's completion; use at least 2, or loss_type='apo_zero_unpaired'"
-)
+
+def check_batch_size(args: KTOConfig, name: str, batch_size: int) -> None:
+    """Refuse batches in which no row has another to be paired with. `name` is the field's."""
+    processes = args.world_size if args.accelerator_config.split_batches else 1
+    if args.needs_kl and batch_size // processes < 2:
+        split = f", split over {processes} processes," if processes > 1 else ""
+        raise ValueError(
+            f"{name} is {batch_size}{split} and loss_type='kto' estimates its KL term from each "
+            "row's prompt with another row's completion; use at least 2 for each process, or "
+            "loss_type='apo_zero_unpaired'"
+        )
 
 
 def check_arguments(model: Any, ref_model: Any, args: KTOConfig, compute_metrics: Any) -> None:
-    if ref_model is not None and ref_model is model:
-        raise ValueError(
-            "model and ref_model are the same object, so the reference would be trained too; leave "
-            "ref_model out to use the initial policy, or load it a second time"
-        )
+    """Refuse what can be seen from the arguments alone."""
+    if ref_model is not None and not isinstance(model, str):
+        shared = {id(p) for p in model.parameters()} & {id(p) for p in ref_model.parameters()}
+        if shared:
+            what = "are the same object" if ref_model is model else "share weights"
+            raise ValueError(
+                f"model and ref_model {what}, so the reference would be trained too; leave "
+                "ref_model out to use the initial policy, or load it a second time"
+            )
     if compute_metrics is not None:
         raise ValueError(
             "compute_metrics is not supported: it needs logits, which are never formed here; "
             "evaluate() returns the KTO metrics"
         )
-    if args.needs_kl and args.per_device_train_batch_size < 2:
-        raise ValueError(BATCH_OF_ONE)
+    check_batch_size(args, "per_device_train_batch_size", args.train_batch_size)
     if args.use_liger_kernel:
         raise ValueError(
             "use_liger_kernel=True replaces the model's forward, which scores sequences here; "
             "leave it out"
         )
+    if not args.accelerator_config.even_batches and args.world_size > 1:
+        raise ValueError(
+            "accelerator_config has even_batches=False, and ranks with fewer batches would leave "
+            "the others waiting; leave it out (repeated rows do not count in evaluation)"
+        )
+
+
+def check_trainable(policy: Any) -> None:
+    """Refuse a policy of which nothing would be trained."""
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ValueError(
+            "model has no parameter that requires a gradient, so nothing would be trained; an "
+            "adapter from PeftModel.from_pretrained needs is_trainable=True"
+        )
+
+
+def set_distributed_defaults(args: KTOConfig) -> None:
+    """Settings that ragged batches and passes leave no choice about."""
     # Ragged batches cannot be concatenated on the main process and cut up for the others.
     args.accelerator_config.dispatch_batches = False
     if args.ddp_broadcast_buffers is None:

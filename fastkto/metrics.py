@@ -5,9 +5,12 @@ log shows the mean of those values. A metric whose micro-batches hold no such ro
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 # What a micro-batch contributes on one rank; all are sums or counts, so ranks simply add up.
 FIELDS = (
@@ -18,7 +21,6 @@ FIELDS = (
     "lone_rows",  # rows without a completion to be paired with
     "entropy_sum",  # in nats, over scored tokens
     "tokens",  # scored tokens
-    "input_tokens",  # tokens of the matched sequences
     "aux_loss_sum",
     "aux_losses",  # how many ranks have one
     *(
@@ -34,7 +36,6 @@ class Metrics:
 
     def __init__(self) -> None:
         self._micro_batches: list[Tensor] = []
-        self.num_tokens = 0  # input tokens of all ranks, over everything collected so far
 
     def add(self, sums: dict[str, Tensor | float], device: torch.device) -> None:
         """Record one micro-batch; fields that are absent count as 0. Does not synchronise."""
@@ -58,11 +59,9 @@ class Metrics:
         table = reduce(torch.stack(self._micro_batches)).tolist()
         self.clear()
         micro_batches = [dict(zip(FIELDS, row, strict=True)) for row in table]
-        self.num_tokens += int(sum(sums["input_tokens"] for sums in micro_batches))
         per_batch = [_values(sums) for sums in micro_batches]
         names = dict.fromkeys(name for values in per_batch for name in values)
         logs = {name: _mean([v[name] for v in per_batch if name in v]) for name in names}
-        logs["num_tokens"] = float(self.num_tokens)
         lone_rows = sum(sums["lone_rows"] for sums in micro_batches)
         if lone_rows:
             logs["kl_lone_rows"] = lone_rows
@@ -99,3 +98,26 @@ def _values(sums: dict[str, float]) -> dict[str, float]:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+class TokenCount(TrainerCallback, ExportableState):
+    """Tokens of the matched sequences trained on, over all ranks; kept in checkpoints."""
+
+    def __init__(self, num_tokens: int = 0) -> None:
+        self.num_tokens = num_tokens
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, in transformers' layout."""
+        return {"args": {"num_tokens": self.num_tokens}, "attributes": {}}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Start at zero, or where the checkpoint stopped."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        resumed = state.global_step > 0 and saved is not None
+        self.num_tokens = saved["args"]["num_tokens"] if resumed else 0

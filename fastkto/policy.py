@@ -121,7 +121,11 @@ def router_settings(config: PretrainedConfig, args: KTOConfig) -> dict[str, Any]
     coef = args.router_aux_loss_coef
     if coef is None:
         coef = getattr(config, "router_aux_loss_coef", 0.0)
-    return {
-        "router_aux_loss_coef": coef if has_router else 0.0,
-        "experts_per_token": getattr(config, "num_experts_per_tok", 1),
-    }
+    if not has_router or coef == 0.0:
+        return {"router_aux_loss_coef": 0.0, "experts_per_token": 0}
+    if not hasattr(config, "num_experts_per_tok"):
+        raise ValueError(
+            f"{type(config).__name__} does not say how many experts a token is sent to "
+            "(num_experts_per_tok); set router_aux_loss_coef=0 to train without the router's loss"
+        )
+    return {"router_aux_loss_coef": coef, "experts_per_token": config.num_experts_per_tok}

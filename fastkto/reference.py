@@ -30,16 +30,19 @@ class Reference:
         """Yield the module that scores as the reference does, within the block only."""
         if self.model is not None:
             yield self.model
-        elif self.adapter is not None:
-            trained = policy.active_adapter
-            policy.set_adapter(self.adapter)
-            try:
-                yield policy
-            finally:
-                policy.set_adapter(trained)
-        else:
-            with policy.disable_adapter():
-                yield policy
+            return
+        # Switching adapters makes all of an adapter's parameters trainable, also frozen ones.
+        trainable = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+        try:
+            if self.adapter is None:
+                with policy.disable_adapter():
+                    yield policy
+            else:
+                with _active_adapter(policy, self.adapter):
+                    yield policy
+        finally:
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
 
 
 def choose_reference(
@@ -66,6 +69,16 @@ def choose_reference(
     return Reference(f"the initial policy, {origin}", model=_freeze(model))
 
 
+@contextmanager
+def _active_adapter(policy: PeftModel, name: str) -> Iterator[None]:
+    trained = policy.active_adapter
+    policy.set_adapter(name)
+    try:
+        yield
+    finally:
+        policy.set_adapter(trained)
+
+
 def _freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
@@ -78,11 +91,15 @@ def _copy_adapter(policy: PeftModel) -> None:
             "copy that serves as the reference; pass a model with the trained adapter alone, or "
             "pass ref_model"
         )
+    before = dict(policy.named_parameters())
     policy.add_adapter(FROZEN_ADAPTER, policy.peft_config[trained])
-    for name, parameter in list(policy.named_parameters()):
-        if f".{trained}." in name:
-            frozen = policy.get_parameter(name.replace(f".{trained}.", f".{FROZEN_ADAPTER}."))
-            frozen.data.copy_(parameter.data)
+    for name, parameter in policy.named_parameters():
+        if name in before:
+            continue
+        # Adapters name their parameters in different ways; the adapter's own name comes last.
+        front, _, back = name.rpartition(FROZEN_ADAPTER)
+        parameter.data.copy_(before[f"{front}{trained}{back}"].data)
+        parameter.requires_grad_(False)
 
 
 def _initial_policy(
@@ -92,9 +109,9 @@ def _initial_policy(
     path = policy.config._name_or_path
     if path:
         kwargs = {
+            **init_kwargs,
             "dtype": policy.dtype,
             "attn_implementation": policy.config._attn_implementation,
-            **init_kwargs,
         }
         try:
             loaded = AutoModelForCausalLM.from_pretrained(path, **kwargs)

@@ -5,8 +5,7 @@ are done. So each pass with gradient forms its part of the loss and can run back
 the activations of one pass exist at a time.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkto.config import KTOConfig
+from fastkto.head_check import evaluating
 from fastkto.loss import KTOLoss, kto_loss
 from fastkto.passes import (
     Pass,
@@ -48,9 +48,17 @@ class BatchLoss:
     `plan` lists the rows of each pass. `pass_loss` runs one of them; once all have run, `sums`
     holds the batch's metrics and `finite` says which rows' scores are finite. The first `counted`
     rows count in the KL estimate and the metrics: all but those that fill a last evaluation batch.
+    With `single_pass` the plan is one pass over all rows, whatever its size.
     """
 
-    def __init__(self, settings: StepSettings, batch: dict[str, Any], counted: int) -> None:
+    def __init__(
+        self,
+        settings: StepSettings,
+        batch: dict[str, Any],
+        counted: int,
+        *,
+        single_pass: bool = False,
+    ) -> None:
         self.settings = settings
         self.rows: list[int] = batch["rows"]
         self.is_desirable = batch["label"]
@@ -58,11 +66,14 @@ class BatchLoss:
         self.counted = (index_B < counted).double()
         self.matched = matched_sequences(batch)
         self.plan = plan_passes(self.matched.lengths, settings.args.max_tokens_per_pass)
+        if single_pass:
+            self.plan = [list(range(len(self.rows)))]
         self.finite = torch.ones_like(self.is_desirable)
         self.sums: dict[str, Tensor] = {}
         self.kl: Tensor | None = None
         self._expert_counts: Tensor | None = None
-        with torch.no_grad(), _evaluating(settings.policy):
+        # Dropout would be noise, and gradient checkpointing only cost, where no gradient is needed.
+        with evaluating(settings.policy):
             self._score_without_gradient(batch)
 
     def _score_without_gradient(self, batch: dict[str, Any]) -> None:
@@ -141,7 +152,10 @@ class BatchLoss:
         num_tokens = sum(self.matched.lengths)
         loss = balancing_loss(router_logits, pass_.real_tokens, counts, num_tokens)
         self._add(aux_loss_sum=loss.detach())
-        return self.settings.router_aux_loss_coef * loss
+        loss = self.settings.router_aux_loss_coef * loss
+        # A batch's loss holds it once, so in a mean over rows each of them has it.
+        self._add(loss_sum=loss.detach() * self.counted.sum())
+        return loss
 
     @torch.no_grad()
     def _record(self, pass_: Pass, scores: Any, result: KTOLoss) -> None:
@@ -169,14 +183,3 @@ class BatchLoss:
     def _add(self, **sums: Tensor) -> None:
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and without gradient checkpointing, which only cost where none is needed."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

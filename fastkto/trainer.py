@@ -6,7 +6,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -29,8 +28,15 @@ from fastkto.data.batch import KTOCollator, check_batch, pair_first_rows
 from fastkto.data.rows import RowReport, prepare_rows
 from fastkto.head import attach_scoring
 from fastkto.head_check import check_head
-from fastkto.limits import BATCH_OF_ONE, check_arguments, check_devices, check_optimizer
-from fastkto.metrics import Metrics
+from fastkto.limits import (
+    check_arguments,
+    check_batch_size,
+    check_devices,
+    check_optimizer,
+    check_trainable,
+    set_distributed_defaults,
+)
+from fastkto.metrics import Metrics, TokenCount
 from fastkto.passes import matched_sequences
 from fastkto.policy import (
     disable_dropout,
@@ -41,7 +47,9 @@ from fastkto.policy import (
     router_settings,
 )
 from fastkto.reference import choose_reference
+from fastkto.repeats import RepeatedRows
 from fastkto.step import BatchLoss, StepSettings
+from fastkto.step_check import StepCheck
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +102,9 @@ class KTOTrainer(Trainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = KTOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-KTO")
         check_arguments(model, ref_model, args, compute_metrics)
+        if eval_dataset is not None:
+            check_batch_size(args, "per_device_eval_batch_size", args.eval_batch_size)
+        set_distributed_defaults(args)
         # The rows first: a mistake in them should not wait for a model to load.
         init_kwargs = model_init_kwargs(args, quantization_config)
         tokenizer = load_tokenizer(processing_class, model, init_kwargs)
@@ -103,6 +114,8 @@ class KTOTrainer(Trainer):
         set_seed(args.seed)  # before the model: the weights of a new adapter are random
         policy = load_policy(model, init_kwargs, peft_config)
         prepare_adapter(policy, args)
+        if train_dataset is not None:
+            check_trainable(policy)
         self.reference = choose_reference(
             policy, ref_model, new_adapter=peft_config is not None, init_kwargs=init_kwargs
         )
@@ -132,10 +145,14 @@ class KTOTrainer(Trainer):
         self.accelerator.gradient_accumulation_steps = 1
         self._signature_columns = COLUMNS
         self.model.add_model_tags(["fastkto", "kto"])
+        # Numbers that are not finite stop the run here, so Trainer need not read every loss.
+        args.logging_nan_inf_filter = False
         if self.reference.model is not None:
             self.reference.model = self.accelerator.prepare_model(
                 self.reference.model, evaluation_mode=True
             )
+            # Trainer.evaluate prepares the policy only if accelerate knows of no model yet.
+            self.accelerator._models.remove(self.reference.model)
         self.step_settings = StepSettings(
             args=args,
             policy=self.model,
@@ -144,9 +161,10 @@ class KTOTrainer(Trainer):
             **router_settings(self.model.config.get_text_config(), args),
         )
         self._train_metrics, self._eval_metrics = Metrics(), Metrics()
-        self._unchecked: list[tuple[list[int], Tensor]] = []
-        self._first_evaluation_rows: set[int] | None = None
+        self._step_check = StepCheck(self._sum_over_ranks)
+        self._repeated_rows = RepeatedRows(self.accelerator, args.dataloader_num_workers)
         self._head_is_checked = False
+        self.add_callback(TokenCount())
         self.add_callback(_StartOfTraining(self))
 
     def _prepare(
@@ -160,7 +178,10 @@ class KTOTrainer(Trainer):
         if dataset is None:
             return None
         if isinstance(dataset, dict):
-            return {key: self._prepare(d, key, tokenizer, args) for key, d in dataset.items()}
+            return {
+                key: self._prepare(part, f"{name}_{key}", tokenizer, args)
+                for key, part in dataset.items()
+            }
         if set(COLUMNS) <= set(dataset.column_names or ()):
             return dataset
         with args.main_process_first(desc=f"preparing the {name} data set"):
@@ -173,10 +194,22 @@ class KTOTrainer(Trainer):
             )
         if report is not None:
             self.row_reports[name] = report
+            logger.info(
+                "the %s data has %d desirable and %d undesirable rows",
+                name,
+                report.desirable,
+                report.undesirable,
+            )
             advice = report.weight_advice(args.desirable_weight, args.undesirable_weight)
             if name == "train" and advice:
                 logger.warning(advice)
         return prepared
+
+    @property
+    def _token_count(self) -> TokenCount:
+        # Looked up, since Trainer may replace callbacks by those of a checkpoint.
+        callbacks = self.callback_handler.callbacks
+        return next(callback for callback in callbacks if isinstance(callback, TokenCount))
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "sum")
@@ -184,10 +217,16 @@ class KTOTrainer(Trainer):
     # ---- The step ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """As in `Trainer`; refuses a batch in which no row can be paired with another."""
-        if self.step_settings.args.needs_kl and self._train_batch_size < 2:
-            raise ValueError(BATCH_OF_ONE)
+        """As in `Trainer`; the batch size may have been lowered since the start."""
+        check_batch_size(self.step_settings.args, "the batch size", self._train_batch_size)
         return super().get_train_dataloader()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in `Trainer`; then checks that the optimizer's gradients come from finite numbers."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._check_step()
+        return loss
 
     def compute_loss(
         self,
@@ -202,9 +241,11 @@ class KTOTrainer(Trainer):
         """
         self._check_head_once(inputs)
         training = self.model.training
-        counted = len(inputs["rows"]) - self._repeated_rows(inputs)
+        counted = len(inputs["rows"]) - (0 if training else self._repeated_rows.count(inputs))
         inputs = pair_first_rows(inputs, counted, self.step_settings.args.max_length)
-        batch_loss = BatchLoss(self.step_settings, inputs, counted)
+        # A subclass may do anything with the loss, so it gets one graph over the whole batch.
+        is_overridden = type(self).compute_loss is not KTOTrainer.compute_loss
+        batch_loss = BatchLoss(self.step_settings, inputs, counted, single_pass=is_overridden)
         if training:
             check_optimizer(self.args.optim, len(batch_loss.plan))
         done: Tensor | float = 0.0
@@ -241,6 +282,7 @@ class KTOTrainer(Trainer):
         """The loss of an evaluation batch; there are no logits to return."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self._check_step()
         return loss, None, None
 
     # ---- Metrics ----
@@ -249,56 +291,35 @@ class KTOTrainer(Trainer):
         sums: dict[str, Tensor | float] = dict(batch_loss.sums)
         if "aux_loss_sum" in sums:
             sums["aux_losses"] = 1.0
-        if training:
-            sums["input_tokens"] = float(sum(batch_loss.matched.lengths))
         metrics = self._train_metrics if training else self._eval_metrics
         metrics.add(sums, self.args.device)
-        self._unchecked.append((batch_loss.rows, batch_loss.finite))
-        if not training or self.accelerator.sync_gradients:
-            self._check_finite()
+        tokens = sum(batch_loss.matched.lengths) if training else 0
+        self._step_check.add(batch_loss.rows, batch_loss.finite, tokens)
 
-    def _check_finite(self) -> None:
-        """Stop before the optimizer steps if a row's scores are not finite, on all ranks at once.
-
-        The one synchronisation of a step: the weights must not be updated from such a row.
-        """
-        bad = torch.stack([(~finite).sum() for _, finite in self._unchecked]).sum()
-        on_all_ranks = int(self._sum_over_ranks(bad.clone()).item())
-        unchecked, self._unchecked = self._unchecked, []
-        if on_all_ranks == 0:
-            return
-        rows = [
-            row
-            for numbers, finite in unchecked
-            for row, is_finite in zip(numbers, finite.tolist(), strict=True)
-            if not is_finite
-        ]
-        where = f"rows {rows} of the data set" if rows else "rows on another rank"
-        raise FloatingPointError(
-            f"the log-probabilities of {where} are not finite (step {self.state.global_step}, "
-            f"{on_all_ranks} over all ranks). Look at these rows and at the learning rate; with "
-            "fp16, use bf16. Nothing was updated from them"
-        )
+    def _check_step(self) -> None:
+        self._token_count.num_tokens += self._step_check.read(self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training metrics since the last log; those of an evaluation are in already."""
         if "loss" in logs or "train_runtime" in logs:
-            logs.update(self._train_metrics.collect(self._sum_over_ranks)[0])
+            values, _ = self._train_metrics.collect(self._sum_over_ranks)
+            if values:
+                logs |= values | {"num_tokens": float(self._token_count.num_tokens)}
         super().log(logs, start_time)
 
     # ---- Evaluation ----
 
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """As in `Trainer`, also on data sets in any of the formats of `prepare_rows`."""
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As in `Trainer`, also for a data set in any of the formats of `prepare_rows`."""
+        args = self.step_settings.args
+        check_batch_size(args, "per_device_eval_batch_size", args.eval_batch_size)
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            args = self.step_settings.args
             eval_dataset = self._prepare(eval_dataset, "eval", self.processing_class, args)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As `get_eval_dataloader`, for `predict`."""
+        return self.get_eval_dataloader(test_dataset)
 
     def evaluation_loop(
         self,
@@ -310,38 +331,15 @@ class KTOTrainer(Trainer):
     ) -> EvalLoopOutput:
         """As in `Trainer`, with the mean loss over rows and the metrics of training."""
         self._eval_metrics.clear()
-        self._first_evaluation_rows = None
+        self._repeated_rows.start()
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         values, loss = self._eval_metrics.collect(self._sum_over_ranks)
         if loss is not None:
-            values |= {"loss": loss, "num_tokens": float(self._train_metrics.num_tokens)}
+            values |= {"loss": loss, "num_tokens": float(self._token_count.num_tokens)}
         output.metrics.update({f"{metric_key_prefix}_{key}": v for key, v in values.items()})
         return output
-
-    def _repeated_rows(self, inputs: dict[str, Any]) -> int:
-        """How many rows, the last of the batch, only repeat others to fill an evaluation batch.
-
-        accelerate takes these from the first batches of all ranks.
-        """
-        is_first = self._first_evaluation_rows is None
-        is_last = self.accelerator.gradient_state.end_of_dataloader
-        if self.model.training or self.args.world_size == 1 or not (is_first or is_last):
-            return 0
-        # The two rows of a pair share their number and differ in their label.
-        labels = inputs["label"].tolist()
-        own = [2 * row + label for row, label in zip(inputs["rows"], labels, strict=True)]
-        seen = set(self._first_evaluation_rows or ())
-        repeated = 0
-        for rank, rows in enumerate(gather_object([own])):
-            for row in rows:
-                if row in seen and rank == self.args.process_index:
-                    repeated += 1
-                seen.add(row)
-        if is_first:
-            self._first_evaluation_rows = seen
-        return repeated
 
     # ---- Checkpoints ----
 
@@ -357,19 +355,22 @@ class KTOTrainer(Trainer):
     # ---- Checks ----
 
     def _check_head_once(self, inputs: dict[str, Any]) -> None:
+        """Compare with the models' own logits on the two longest rows of the first batch."""
         if self._head_is_checked:
             return
-        self._head_is_checked = True
         check_batch(inputs, needs_kl=self.step_settings.args.needs_kl)
-        sequences = matched_sequences(inputs).select(range(min(2, len(inputs["rows"]))), 512)
+        matched = matched_sequences(inputs)
+        longest = sorted(range(len(matched.lengths)), key=lambda row: -matched.lengths[row])[:2]
+        sequences = matched.select(longest, 512)
         rows = list(torch.split(sequences.input_ids, sequences.lengths))
         check_head(self.model, rows)
         if self.reference.model is not None:
             check_head(self.reference.model, rows)
+        self._head_is_checked = True
 
 
 class _StartOfTraining(TrainerCallback):
-    """Forgets a run that was cut short, and goes on counting tokens where a checkpoint stopped."""
+    """Forgets what a run that was cut short had recorded."""
 
     def __init__(self, trainer: KTOTrainer) -> None:
         self.trainer = trainer
@@ -381,8 +382,5 @@ class _StartOfTraining(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        metrics = self.trainer._train_metrics
-        metrics.clear()
-        self.trainer._unchecked.clear()
-        counts = [log["num_tokens"] for log in state.log_history if "num_tokens" in log]
-        metrics.num_tokens = int(counts[-1]) if counts else 0
+        self.trainer._train_metrics.clear()
+        self.trainer._step_check.clear()

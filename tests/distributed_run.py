@@ -72,8 +72,8 @@ class CountingBatchLoss(BatchLoss):
 
     passes: list[int] = []
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.passes.append(len(self.plan))
 
 
@@ -122,12 +122,18 @@ def run(case: str, directory: Path) -> None:
     trainer.train()
     training_passes = list(passes)
     evaluation = trainer.evaluate()
+    streamed = trainer.evaluate(rows(13).to_iterable_dataset())
     rank = trainer.args.process_index
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
     torch.save(weights, directory / f"weights{rank}.pt")
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    result = {"logs": logs, "evaluation": evaluation, "passes": training_passes}
+    result = {
+        "logs": logs,
+        "evaluation": evaluation,
+        "streamed": streamed,
+        "passes": training_passes,
+    }
     (directory / f"result{rank}.json").write_text(json.dumps(result))
 
 

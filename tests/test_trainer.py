@@ -12,13 +12,14 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.data.batch import KTOCollator
-from fastkto.limits import check_devices, check_optimizer
+from fastkto.head_check import HeadMismatchError
+from fastkto.limits import check_arguments, check_batch_size, check_devices, check_optimizer
 from tests.models import tiny_model, tiny_tokenizer
 from tests.trl_runs import text_rows
 
@@ -140,7 +141,10 @@ class StopAfter(TrainerCallback):
 def test_batch_size_found_is_never_one(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run._train_batch_size = 1
-    with pytest.raises(ValueError, match="use at least 2, or loss_type='apo_zero_unpaired'"):
+    with pytest.raises(
+        ValueError,
+        match="the batch size is 1 and loss_type='kto' estimates",
+    ):
         run.get_train_dataloader()
 
 
@@ -170,6 +174,100 @@ def test_evaluate_takes_a_data_set_that_is_not_prepared(tmp_path: Path) -> None:
     given = trainer(tmp_path, eval_dataset=rows).evaluate()
     passed = trainer(tmp_path).evaluate(rows)
     assert passed["eval_loss"] == given["eval_loss"]
+
+
+def test_evaluation_before_training_uses_one_precision(tmp_path: Path) -> None:
+    run = trainer(tmp_path, ref_model=tiny_model("llama", seed=1), bf16=True)
+    metrics = run.evaluate(text_rows(8, seed=3))
+    assert metrics["eval_kl_raw"] == 0.0 and metrics["eval_rewards/chosen"] == 0.0
+
+
+def test_predict_takes_a_data_set_that_is_not_prepared(tmp_path: Path) -> None:
+    rows = text_rows(8, seed=3)
+    run = trainer(tmp_path)
+    expected = run.evaluate(rows)["eval_loss"]
+    assert run.predict(rows).metrics["test_loss"] == expected
+
+
+def test_reports_of_data_sets_are_kept_apart(tmp_path: Path) -> None:
+    run = trainer(tmp_path, eval_dataset={"train": text_rows(8, seed=3)})
+    assert run.row_reports["train"].rows == 16 and run.row_reports["eval_train"].rows == 8
+
+
+def test_head_that_disagrees_is_refused_each_time(tmp_path: Path) -> None:
+    class Louder(type(tiny_model("llama"))):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = 1.3 * outputs.logits
+            return outputs
+
+    model = tiny_model("llama", seed=1)
+    model.__class__ = Louder
+    run = trainer(tmp_path, model=model, ref_model=tiny_model("llama", seed=2))
+    for _ in range(2):
+        with pytest.raises(HeadMismatchError, match='head="logits"'):
+            run.train()
+
+
+def test_rows_of_a_single_token_do_not_stop_the_head_check(tmp_path: Path) -> None:
+    row = {"prompt_ids": [], "completion_ids": [5], "label": True}
+    rows = [row, row, {**row, "prompt_ids": [6, 7, 8, 9]}, row]
+    trainer(tmp_path, train_dataset=Dataset.from_list(rows), max_steps=1).train()
+
+
+class DoubledLoss(KTOTrainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().compute_loss(*args, **kwargs)
+
+
+def test_loss_that_a_subclass_changes_has_one_graph(tmp_path: Path) -> None:
+    norms = []
+    for kind in (KTOTrainer, DoubledLoss):
+        run = kind(
+            model=tiny_model("llama", seed=1),
+            ref_model=tiny_model("llama", seed=2),
+            args=config(tmp_path, max_grad_norm=0.0),
+            train_dataset=text_rows(16),
+            processing_class=tiny_tokenizer(),
+        )
+        run.train()
+        norms.append(run.state.log_history[0]["grad_norm"])
+    assert norms[1] == pytest.approx(2 * norms[0], rel=1e-4)
+
+
+def test_gradients_are_synchronised_at_the_last_pass_of_the_last_batch_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path, gradient_accumulation_steps=2, max_steps=1)
+    synchronised = []
+    backward = run.accelerator.backward
+
+    def recording_backward(loss: torch.Tensor, **kwargs: Any) -> None:
+        synchronised.append(run.accelerator.sync_gradients)
+        backward(loss, **kwargs)
+
+    monkeypatch.setattr(run.accelerator, "backward", recording_backward)
+    run.train()
+    assert len(synchronised) > 4
+    assert synchronised == [False] * (len(synchronised) - 1) + [True]
+
+
+def test_tokens_are_counted_across_a_checkpoint_between_logs(tmp_path: Path) -> None:
+    def start(directory: Path) -> KTOTrainer:
+        settings = {"logging_steps": 2, "save_steps": 3, "save_strategy": "steps"}
+        return trainer(directory, max_steps=4, **settings)
+
+    whole, part = start(tmp_path / "whole"), start(tmp_path / "part")
+    part.add_callback(StopAfter(3))
+    whole.train()
+    part.train()
+    resumed = start(tmp_path / "part")
+    resumed.train(resume_from_checkpoint=True)
+    counts = [
+        [log["num_tokens"] for log in run.state.log_history if "loss" in log]
+        for run in (whole, resumed)
+    ]
+    assert counts[0] == counts[1] and len(counts[0]) == 2
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
@@ -333,6 +431,60 @@ def test_trained_adapter_is_its_own_frozen_reference(tmp_path: Path) -> None:
     assert run.model.active_adapter == "default"
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        lora(init_lora_weights=False, target_modules=["q_proj", "embed_tokens"]),
+        lora(init_lora_weights=False, use_dora=True),
+        lora(init_lora_weights=False, modules_to_save=["lm_head"]),
+        IA3Config(
+            task_type="CAUSAL_LM",
+            target_modules=["k_proj", "down_proj"],
+            feedforward_modules=["down_proj"],
+            init_ia3_weights=False,
+        ),
+    ],
+    ids=["embedding", "dora", "saved head", "ia3"],
+)
+def test_frozen_copy_is_whole_for_every_kind_of_adapter(adapter: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model("llama", seed=1), adapter)
+    with torch.no_grad():  # away from every initial value
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    run = trainer(tmp_path, model=model)
+    run.train()
+    first = run.state.log_history[0]
+    assert first["kl_raw"] == 0.0
+    assert first["rewards/chosen"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("new_adapter", [True, False])
+def test_frozen_part_of_an_adapter_stays_frozen(new_adapter: bool, tmp_path: Path) -> None:
+    adapter = lora(init_lora_weights=False)
+    if new_adapter:
+        run = trainer(tmp_path, peft_config=adapter)
+    else:
+        run = trainer(tmp_path, model=get_peft_model(tiny_model("llama", seed=1), adapter))
+    for name, parameter in run.model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    before = [name for name, p in run.model.named_parameters() if p.requires_grad]
+    run.train()
+    assert [name for name, p in run.model.named_parameters() if p.requires_grad] == before
+
+
+def test_reference_has_the_policys_precision(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    model = tiny_model("llama", seed=1, dtype=torch.bfloat16)
+    model.save_pretrained(path)
+    model.config._name_or_path = str(path)
+    run = trainer(tmp_path, model=model)
+    assert run.reference.description == f"the initial policy, loaded again from {path}"
+    assert run.reference.model.dtype == torch.bfloat16
+
+
 def test_frozen_reference_survives_resuming(tmp_path: Path) -> None:
     def start(directory: Path, **fields: Any) -> KTOTrainer:
         torch.manual_seed(0)
@@ -367,6 +519,10 @@ def test_same_model_twice_is_refused(tmp_path: Path) -> None:
     [
         ({"compute_metrics": lambda _: {}}, "compute_metrics is not supported"),
         ({"per_device_train_batch_size": 1}, "per_device_train_batch_size is 1"),
+        (
+            {"per_device_eval_batch_size": 1, "eval_dataset": text_rows(4)},
+            "per_device_eval_batch_size is 1",
+        ),
         ({"use_liger_kernel": True}, "use_liger_kernel=True replaces the model's forward"),
         ({"quantization_config": object()}, "quantization_config applies when a model is loaded"),
         ({"router_aux_loss_coef": 0.1}, "LlamaConfig has no router logits"),
@@ -397,6 +553,39 @@ def test_argument_of_wrong_type_is_refused(
 ) -> None:
     with pytest.raises(TypeError, match=message):
         trainer(tmp_path, **arguments)
+
+
+def test_batches_split_to_single_rows_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = config(tmp_path, accelerator_config={"split_batches": True})
+    monkeypatch.setattr(KTOConfig, "world_size", 4)
+    with pytest.raises(ValueError, match="is 4, split over 4 processes, and loss_type='kto'"):
+        check_batch_size(args, "per_device_train_batch_size", args.per_device_train_batch_size)
+
+
+def test_uneven_batches_are_refused_on_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = config(tmp_path, accelerator_config={"even_batches": False})
+    check_arguments("path", None, args, None)
+    monkeypatch.setattr(KTOConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="even_batches=False, and ranks with fewer batches"):
+        check_arguments("path", None, args, None)
+
+
+def test_reference_that_shares_weights_is_refused(tmp_path: Path) -> None:
+    base = tiny_model("llama")
+    model = get_peft_model(base, lora())
+    with pytest.raises(ValueError, match="model and ref_model share weights"):
+        trainer(tmp_path, model=model, ref_model=base)
+
+
+def test_policy_without_trainable_weights_is_refused(tmp_path: Path) -> None:
+    get_peft_model(tiny_model("llama"), lora()).save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="needs is_trainable=True"):
+        trainer(tmp_path, model=model)
 
 
 def test_second_adapter_is_refused(tmp_path: Path) -> None:

@@ -136,11 +136,12 @@ def test_equal_with_one_class_absent(label: bool, tmp_path: Path) -> None:
     assert_equal_logs(expected, actual)
 
 
-def test_equal_in_evaluation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_equal_in_evaluation(family: str, tmp_path: Path) -> None:
     expected, actual = both(
         tmp_path,
         SMALL_PASSES,
-        **models(),
+        **models(family),
         train_dataset=text_rows(),
         eval_dataset=text_rows(14, seed=9),  # the last batch is short
     )

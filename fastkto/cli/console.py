@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-import dis
+import linecache
 import logging
 import os
 import sys
@@ -136,5 +136,5 @@ def _raised_by_fastkto(traceback: TracebackType | None) -> bool:
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
     frame = traceback.tb_frame
-    is_raise = frame.f_code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return is_raise and frame.f_globals["__name__"].startswith("fastkto.")
+    line = linecache.getline(frame.f_code.co_filename, traceback.tb_lineno)
+    return frame.f_globals["__name__"].startswith("fastkto.") and line.lstrip().startswith("raise")
