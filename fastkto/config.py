@@ -125,8 +125,8 @@ class KTOConfig(TrainingArguments):
         self._check()
 
     def _check(self) -> None:
-        for name in ("beta", "desirable_weight", "undesirable_weight"):
-            if getattr(self, name) < 0:
+        for name in ("learning_rate", "beta", "desirable_weight", "undesirable_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("max_tokens_per_pass", "head_memory_mib", "max_length"):
             value = getattr(self, name)

@@ -528,6 +528,7 @@ def test_same_model_twice_is_refused(tmp_path: Path) -> None:
         ({"router_aux_loss_coef": 0.1}, "LlamaConfig has no router logits"),
         ({"model_init_kwargs": {"dtype": "int3"}}, "dtype is 'int3'; choose from"),
         ({"beta": -0.1}, "beta is -0.1; it must be 0 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; it must be 0 or more"),
         ({"desirable_weight": -1.0}, "desirable_weight is -1.0"),
         ({"max_tokens_per_pass": 0}, "max_tokens_per_pass is 0; it must be 1 or more"),
         ({"loss_type": "bco"}, "loss_type is 'bco'; choose from"),

@@ -104,22 +104,22 @@ def test_equal_with_new_adapter(tmp_path: Path) -> None:
     expected, actual = both(
         tmp_path,
         SMALL_PASSES,
-        model=tiny_model("llama", seed=1),
+        model=tiny_model("llama", seed=0),
         peft_config=lora(),
         train_dataset=text_rows(),
     )
-    assert_equal_logs(expected, actual, kl_used=False)
-    assert any(log.get("kl", 0) > 0 for log in actual)
+    assert_equal_logs(expected, actual)
 
 
 def test_equal_with_trained_adapter(tmp_path: Path) -> None:
     torch.manual_seed(2)
-    policy = get_peft_model(tiny_model("llama", seed=1), lora())
+    policy = get_peft_model(tiny_model("llama", seed=5), lora())
     expected, actual = both(
-        tmp_path, SMALL_PASSES, model=policy, train_dataset=text_rows(), learning_rate=0.2
+        tmp_path, SMALL_PASSES, model=policy, train_dataset=text_rows(), learning_rate=0.3
     )
-    assert_equal_logs(expected, actual, kl_used=False)
+    assert_equal_logs(expected, actual, kl_used=False)  # it starts at exactly 0
     assert actual[0]["kl"] == 0.0
+    assert sum(log["kl"] > 0 for log in actual[1:-1]) >= 2
 
 
 @pytest.mark.parametrize("rows", [chat_rows(), paired_rows()], ids=["chat", "paired"])

@@ -115,7 +115,8 @@ def build_trainer(arguments: Arguments) -> KTOTrainer:
     reference = None
     if model.ref_model is not None:
         init_kwargs = model_init_kwargs(args, quantization) | {"revision": "main"}
-        reference = load_policy(model.ref_model, init_kwargs, None)
+        with mistakes(*SETTING_UP, about=f"cannot load the ref_model {model.ref_model}"):
+            reference = load_policy(model.ref_model, init_kwargs, None)
     trainer = KTOTrainer(
         model=name,
         ref_model=reference,
