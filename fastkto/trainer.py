@@ -144,6 +144,14 @@ class KTOTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.accelerator.gradient_accumulation_steps = 1
         self._signature_columns = COLUMNS
+        # A subclass may do anything with the loss, so it gets one graph over the whole batch.
+        self._single_pass = type(self).compute_loss is not KTOTrainer.compute_loss
+        if self._single_pass:
+            logger.warning(
+                "%s overrides compute_loss, so each batch is one pass over all its rows, whatever "
+                "max_tokens_per_pass is",
+                type(self).__name__,
+            )
         self.model.add_model_tags(["fastkto", "kto"])
         # Numbers that are not finite stop the run here, so Trainer need not read every loss.
         args.logging_nan_inf_filter = False
@@ -243,9 +251,7 @@ class KTOTrainer(Trainer):
         training = self.model.training
         counted = len(inputs["rows"]) - (0 if training else self._repeated_rows.count(inputs))
         inputs = pair_first_rows(inputs, counted, self.step_settings.args.max_length)
-        # A subclass may do anything with the loss, so it gets one graph over the whole batch.
-        is_overridden = type(self).compute_loss is not KTOTrainer.compute_loss
-        batch_loss = BatchLoss(self.step_settings, inputs, counted, single_pass=is_overridden)
+        batch_loss = BatchLoss(self.step_settings, inputs, counted, single_pass=self._single_pass)
         if training:
             check_optimizer(self.args.optim, len(batch_loss.plan))
         done: Tensor | float = 0.0
