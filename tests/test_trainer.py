@@ -226,7 +226,7 @@ def test_loss_that_a_subclass_changes_has_one_graph(tmp_path: Path) -> None:
         run = kind(
             model=tiny_model("llama", seed=1),
             ref_model=tiny_model("llama", seed=2),
-            args=config(tmp_path, max_grad_norm=0.0),
+            args=config(tmp_path),
             train_dataset=text_rows(16),
             processing_class=tiny_tokenizer(),
         )
