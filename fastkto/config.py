@@ -66,7 +66,9 @@ class KTOConfig(TrainingArguments):
     )
     max_length: int | None = field(
         default=1024,
-        metadata={"help": "Longest sequence, in tokens; the end of longer ones is cut. None: any."},
+        metadata={
+            "help": "Longest sequence, in tokens; the end of longer ones is cut. None (null in YAML): any."
+        },
     )
 
     # The loss
@@ -128,7 +130,17 @@ class KTOConfig(TrainingArguments):
         for name in ("learning_rate", "beta", "desirable_weight", "undesirable_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("max_tokens_per_pass", "head_memory_mib", "max_length"):
+        if self.beta == 0 or self.desirable_weight == self.undesirable_weight == 0:
+            name = "beta" if self.beta == 0 else "desirable_weight and undesirable_weight"
+            raise ValueError(f"{name} is 0, so that nothing would be learned; make it positive")
+        for name in (
+            "max_tokens_per_pass",
+            "head_memory_mib",
+            "max_length",
+            "gradient_accumulation_steps",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")

@@ -156,11 +156,12 @@ class KTOTrainer(Trainer):
         # Numbers that are not finite stop the run here, so Trainer need not read every loss.
         args.logging_nan_inf_filter = False
         if self.reference.model is not None:
+            known = list(self.accelerator._models)
             self.reference.model = self.accelerator.prepare_model(
                 self.reference.model, evaluation_mode=True
             )
             # Trainer.evaluate prepares the policy only if accelerate knows of no model yet.
-            self.accelerator._models.remove(self.reference.model)
+            self.accelerator._models[:] = known
         self.step_settings = StepSettings(
             args=args,
             policy=self.model,
@@ -190,6 +191,11 @@ class KTOTrainer(Trainer):
                 key: self._prepare(part, f"{name}_{key}", tokenizer, args)
                 for key, part in dataset.items()
             }
+        if not isinstance(dataset, Dataset | IterableDataset):
+            raise TypeError(
+                f"the {name} data is a {type(dataset).__name__}; pass a datasets.Dataset or "
+                "IterableDataset, for example Dataset.from_list(rows)"
+            )
         if set(COLUMNS) <= set(dataset.column_names or ()):
             return dataset
         with args.main_process_first(desc=f"preparing the {name} data set"):

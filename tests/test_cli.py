@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trl
+from transformers import TrainerState
 from trl.scripts.utils import ScriptArguments
 
 import fastkto
@@ -362,3 +363,58 @@ def test_demo_refuses_a_file_as_its_folder(
     file.touch()
     assert main(["demo", "--output-dir", str(file)]) == 2
     assert capsys.readouterr().err == f"error: output_dir {file} is a file; give a folder\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--num_train_epochs=0"], "so nothing would be trained; give one of them a number above"),
+        (["--beta=0"], "beta is 0, so that nothing would be learned"),
+        (["--desirable_weight=0", "--undesirable_weight=0"], "desirable_weight and undesirable"),
+        (["--lora_r=8"], "--lora_r is for an adapter; add --use_peft to train one"),
+        (["--use_dora"], "--use_dora is for an adapter; add --use_peft to train one"),
+        (["--gradient_accumulation_steps=0"], "gradient_accumulation_steps is 0; it must be 1"),
+        (["--model=nope/"], "--model: there is no folder nope/"),
+    ],
+)
+def test_runs_that_would_surprise_are_refused(
+    capsys: pytest.CaptureFixture[str], flags: list[str], expected: str
+) -> None:
+    assert expected in sentence(capsys, "train", "--model=m/m", "--data=d/d", *flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("beta: [0.1, 0.2]", "beta takes one value, and [0.1, 0.2] is a list"),
+        ("beta: null", "beta has no value; give one, or leave beta out"),
+        ("per_device_train_batch_size:", "per_device_train_batch_size has no value"),
+        ("config: other.yaml", "a file cannot name another file with config"),
+    ],
+)
+def test_yaml_values_of_the_wrong_shape_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str
+) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text(text)
+    assert f"{path}: {expected}" in sentence(capsys, "train", f"--config={path}")
+
+
+def test_checkpoint_of_an_adapter_needs_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "adapter_config.json").write_text("{}")
+    TrainerState().save_to_json(str(checkpoint / "trainer_state.json"))
+    argv = ["--model=m/m", "--data=d/d", f"--resume_from_checkpoint={checkpoint}"]
+    assert "holds an adapter; add --use_peft" in sentence(capsys, "train", *argv)
+
+
+def test_output_folder_that_is_a_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    argv = ["--model=m/m", "--data=d/d", f"--output_dir={file}"]
+    assert f"--output_dir: {file} is a file" in sentence(capsys, "train", *argv)

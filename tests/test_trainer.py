@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.data.batch import KTOCollator
@@ -545,6 +545,8 @@ def test_argument_is_refused(arguments: dict[str, Any], message: str, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"train_dataset": [{"prompt": "a"}]}, "the train data is a list; pass a datasets.Dataset"),
+        ({"model": 3}, "model is a int; pass a path, a hub id or a model"),
         ({"peft_config": {"r": 4}}, "peft_config is a dict; pass a peft.PeftConfig"),
         ({"processing_class": "tokenizer"}, "processing_class is a str; pass a tokenizer"),
     ],
@@ -587,6 +589,11 @@ def test_policy_without_trainable_weights_is_refused(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")
     with pytest.raises(ValueError, match="needs is_trainable=True"):
         trainer(tmp_path, model=model)
+
+
+def test_foreign_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="args is a TrainingArguments; pass a fastkto.KTOConfig"):
+        KTOTrainer(model=tiny_model("llama"), args=TrainingArguments(output_dir=str(tmp_path)))
 
 
 def test_second_adapter_is_refused(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class TrainParser(HfArgumentParser):
         super().__init__(
             (ModelArguments, DataArguments, KTOConfig),
             prog="fastkto train",
-            usage="fastkto train --model MODEL --data ROWS --output_dir FOLDER [--config FILE] ...",
+            usage="fastkto train --model MODEL --data ROWS [--output_dir FOLDER] ...",
             formatter_class=_HelpFormatter,
             add_help=False,
             allow_abbrev=False,
@@ -73,6 +73,14 @@ class TrainParser(HfArgumentParser):
         for action in self._actions:
             if action.type is string_to_bool:
                 action.type, action.nargs, action.const = _true_or_false, "?", True
+        # As annotated: HfArgumentParser has taken the None out of the dataclass fields' types.
+        self._optional = {
+            name
+            for kind in (ModelArguments, DataArguments, KTOConfig)
+            for base in kind.__mro__
+            for name, annotation in vars(base).get("__annotations__", {}).items()
+            if "None" in str(annotation)
+        }
         resume = self._option_string_actions["--resume_from_checkpoint"]
         resume.nargs, resume.const = "?", "true"
         for flag, text in HELP.items():
@@ -107,6 +115,12 @@ class TrainParser(HfArgumentParser):
             if action is None or f"--{key}" in HELP_FLAGS or str(key).startswith("no_"):
                 near = nearest(str(key), self._names())
                 raise CommandError(f"{path}: there is no field {key!r}; did you mean {near}?")
+            if key == "config":
+                raise CommandError(f"{path}: a file cannot name another file with config")
+            if isinstance(value, list) and action.nargs is None:
+                raise CommandError(f"{path}: {key} takes one value, and {value} is a list")
+            if value is None and action.dest not in self._optional:
+                raise CommandError(f"{path}: {key} has no value; give one, or leave {key} out")
             if value is None or value == []:
                 self.set_defaults(**{action.dest: value})
             elif isinstance(value, list):

@@ -1,12 +1,13 @@
 """What `fastkto train` refuses before anything is loaded."""
 
+import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 
-from fastkto.cli.arguments import Arguments
+from fastkto.cli.arguments import Arguments, ModelArguments
 from fastkto.cli.console import CommandError, mistakes
 from fastkto.config import KTOConfig
 from fastkto.limits import check_arguments
@@ -28,6 +29,14 @@ def check(arguments: Arguments) -> None:
             "`accelerate launch -m fastkto train ...`, or choose one with CUDA_VISIBLE_DEVICES=0"
         )
     check_arguments(model.model_name_or_path, None, args, None)
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise CommandError(
+            f"num_train_epochs is {args.num_train_epochs} and max_steps {args.max_steps}, so "
+            "nothing would be trained; give one of them a number above 0"
+        )
+    if Path(str(args.output_dir)).is_file():
+        raise CommandError(f"--output_dir: {args.output_dir} is a file; give a folder")
+    _check_adapter_flags(model)
     for flag, name in (("--model", model.model_name_or_path), ("--ref_model", model.ref_model)):
         if name is not None:
             _check_folder(flag, name)
@@ -42,14 +51,31 @@ def check(arguments: Arguments) -> None:
     with mistakes(ValueError, RuntimeError, ImportError, about="report_to"):
         for tracker in get_reporting_integration_callbacks(args.report_to):
             tracker()  # it looks for its package
-    resume_from(args)
+    checkpoint = resume_from(args)
+    if checkpoint is not None and not model.use_peft:
+        if (Path(checkpoint) / "adapter_config.json").is_file():
+            raise CommandError(
+                f"--resume_from_checkpoint: {checkpoint} holds an adapter; add --use_peft and the "
+                "flags that it was trained with"
+            )
+
+
+def _check_adapter_flags(model: ModelArguments) -> None:
+    """Refuse flags of an adapter that nobody asked for, which would train all weights instead."""
+    if model.use_peft:
+        return
+    for field in dataclasses.fields(model):
+        is_of_adapter = field.name.startswith("lora_") or field.name in ("use_rslora", "use_dora")
+        if is_of_adapter and getattr(model, field.name) != field.default:
+            raise CommandError(f"--{field.name} is for an adapter; add --use_peft to train one")
 
 
 def _check_folder(flag: str, name: str) -> None:
     """Refuse what looks like a local folder and holds no model; a hub id passes."""
     folder = Path(name)
     if not folder.exists():
-        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        is_path = folder.is_absolute() or name.startswith((".", "~")) or name.endswith("/")
+        if is_path or name.count("/") > 1:
             raise CommandError(f"{flag}: there is no folder {name}")
         return
     if (folder / "config.json").is_file():
