@@ -67,7 +67,8 @@ class KTOConfig(TrainingArguments):
     max_length: int | None = field(
         default=1024,
         metadata={
-            "help": "Longest sequence, in tokens; the end of longer ones is cut. None (null in YAML): any."
+            "help": "Longest sequence, in tokens; the end of longer ones is cut. "
+            "None (null in YAML): any."
         },
     )
 
