@@ -185,15 +185,25 @@ def _unit_rounding(dtype: torch.dtype) -> float:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradient; every module gets its own mode back."""
+    """Eval mode without gradient; every module gets its own mode back.
+
+    Quantised layers are left in training mode, which means nothing to them but for bitsandbytes on
+    a CPU: there a 4-bit layer in eval mode repacks its weight for good, and no gradient passes it
+    any more.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        for module, _ in modes:
+            module.training = _is_quantised(module)
         with torch.no_grad():
             yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    return any(not parameter.is_floating_point() for parameter in module.parameters(recurse=False))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from fastkto.config import KTOConfig
 from fastkto.data.batch import KTOCollator, check_batch, pair_first_rows
 from fastkto.data.rows import RowReport, prepare_rows
 from fastkto.head import attach_scoring
-from fastkto.head_check import check_head
+from fastkto.head_check import check_head, evaluating
 from fastkto.limits import (
     check_arguments,
     check_batch_size,
@@ -261,7 +261,7 @@ class KTOTrainer(Trainer):
         if training:
             check_optimizer(self.args.optim, len(batch_loss.plan))
         done: Tensor | float = 0.0
-        with nullcontext() if training else torch.no_grad():
+        with nullcontext() if training else evaluating(model):
             for rows in batch_loss.plan[:-1]:
                 with self._deferring_reduction(model):
                     loss = batch_loss.pass_loss(model, rows)

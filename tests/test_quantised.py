@@ -1,0 +1,48 @@
+"""Adapters on 4-bit and 8-bit weights, with bitsandbytes on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+from fastkto import KTOConfig, KTOTrainer
+from tests.models import tiny_model, tiny_tokenizer
+from tests.trl_runs import text_rows
+
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "initializer_range": 0.1}
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_adapter_on_quantised_weights_learns_before_and_after_an_evaluation(
+    bits: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model"
+    tiny_model("llama", seed=1, **SIZES).save_pretrained(path)
+    trainer = KTOTrainer(
+        model=str(path),
+        args=KTOConfig(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            learning_rate=1e-3,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+        ),
+        train_dataset=text_rows(16),
+        eval_dataset=text_rows(8, seed=3),
+        processing_class=tiny_tokenizer(),
+        quantization_config=BitsAndBytesConfig(**{bits: True}),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )
+    assert getattr(trainer.model, f"is_loaded_in_{bits.removeprefix('load_in_')}")
+    trainer.train()
+    steps = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["grad_norm"] > 0 for log in steps] == [True, True]
+    evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert evaluations[0]["eval_loss"] != evaluations[1]["eval_loss"]
