@@ -212,7 +212,9 @@ def test_head_that_disagrees_is_refused_each_time(tmp_path: Path) -> None:
 def test_rows_of_a_single_token_do_not_stop_the_head_check(tmp_path: Path) -> None:
     row = {"prompt_ids": [], "completion_ids": [5], "label": True}
     rows = [row, row, {**row, "prompt_ids": [6, 7, 8, 9]}, row]
-    trainer(tmp_path, train_dataset=Dataset.from_list(rows), max_steps=1).train()
+    run = trainer(tmp_path, train_dataset=Dataset.from_list(rows), max_steps=1)
+    run.train()
+    assert run.state.global_step == 1
 
 
 class DoubledLoss(KTOTrainer):

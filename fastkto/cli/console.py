@@ -94,6 +94,8 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 
 def show_library_logs() -> None:
     """Send fastkto's own warnings to stderr, each as one line, on the main process only."""
+    # Without a GPU it recommends a package whenever it is imported, also by a run without it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logger = logging.getLogger("fastkto")
     for handler in list(logger.handlers):
         if isinstance(handler, _LineHandler):
