@@ -256,3 +256,16 @@ def test_activations_follow_the_budget_and_not_the_batch(batch_size: int, tmp_pa
 
     smallest = peak(4)  # it holds the longest row, and takes more than one pass already
     assert peak(batch_size) <= 1.1 * smallest
+
+
+@pytest.mark.parametrize(("passes", "error"), [(1, 1.7e-3), (8, 4.0e-3), (64, 9.8e-3)])
+def test_bf16_parameters_round_their_gradient_as_documented(passes: int, error: float) -> None:
+    """The relative errors that docs/step.md states."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(512, 512, dtype=torch.bfloat16))
+    inputs, upstream = (torch.randn(4096, 512, generator=generator).bfloat16() for _ in range(2))
+    for part, gradient in zip(inputs.chunk(passes), upstream.chunk(passes), strict=True):
+        torch.nn.functional.linear(part, weight).backward(gradient)
+    exact = upstream.double().T @ inputs.double()
+    actual = (weight.grad.double() - exact).norm() / exact.norm()
+    assert float(actual) == pytest.approx(error, rel=0.05)
