@@ -6,7 +6,11 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from fastkto.data.pairing import KL_PAIRINGS
 from fastkto.loss import LOSS_TYPES
+from fastkto.window import KL_SCOPES
+
+_CHOICES = ("loss_type", "kl_scope", "kl_pairing", "head", "backend", "train_sampling_strategy")
 
 
 @dataclass
@@ -88,6 +92,23 @@ class KTOConfig(TrainingArguments):
     )
 
     # fastkto's own
+    kl_scope: str = field(
+        default="batch",
+        metadata={
+            "help": "Rows that share one KL estimate and are paired with each other. 'batch': a "
+            "device batch, as in TRL. 'window': all rows of an optimizer step, whatever their "
+            "micro-batch and rank; batches of one row need it.",
+            "choices": list(KL_SCOPES),
+        },
+    )
+    kl_pairing: str = field(
+        default="rotate",
+        metadata={
+            "help": "The completion a prompt is paired with for the KL estimate. 'rotate': that of "
+            "the row before, as in TRL. 'distinct': where possible, that of another prompt.",
+            "choices": list(KL_PAIRINGS),
+        },
+    )
     max_tokens_per_pass: int = field(
         default=8192,
         metadata={
@@ -145,7 +166,7 @@ class KTOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
-        for name in ("loss_type", "head", "backend", "train_sampling_strategy"):
+        for name in _CHOICES:
             choices = self.__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {choices}")

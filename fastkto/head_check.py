@@ -70,7 +70,7 @@ def check_head(model: nn.Module, rows: Sequence[Tensor | Sequence[int]]) -> Head
     with evaluating(model):
         dtypes: set[torch.dtype] = set()
         measured = [_measure_row(model, inner, sequence, dtypes) for sequence in sequences]
-    rounding = max(_unit_rounding(dtype) for dtype in dtypes)
+    rounding = max(unit_rounding(dtype) for dtype in dtypes)
     check = _judge(measured, rounding)
     # written so that a NaN fails
     if not (
@@ -172,7 +172,7 @@ def _describe(
     )
 
 
-def _unit_rounding(dtype: torch.dtype) -> float:
+def unit_rounding(dtype: torch.dtype) -> float:
     """Largest relative error of one rounding in matmuls of `dtype`."""
     rounding = torch.finfo(dtype).eps / 2
     if dtype == torch.float32:  # matmuls may be allowed to take fewer bits of their inputs

@@ -12,16 +12,29 @@ from fastkto.config import KTOConfig
 STEPS_IN_BACKWARD = ("lomo", "layerwise")
 
 
-def check_batch_size(args: KTOConfig, name: str, batch_size: int) -> None:
-    """Refuse batches in which no row has another to be paired with. `name` is the field's."""
+def check_batch_size(args: KTOConfig, name: str, batch_size: int, steps: int = 1) -> None:
+    """Refuse batches in which no row has another to be paired with. `name` is the field's.
+
+    `steps` is how many such batches an optimizer step has; it counts in the scope "window".
+    """
     processes = args.world_size if args.accelerator_config.split_batches else 1
-    if args.needs_kl and batch_size // processes < 2:
-        split = f", split over {processes} processes," if processes > 1 else ""
-        raise ValueError(
-            f"{name} is {batch_size}{split} and loss_type='kto' estimates its KL term from each "
-            "row's prompt with another row's completion; use at least 2 for each process, or "
-            "loss_type='apo_zero_unpaired'"
-        )
+    rows = batch_size // processes
+    if args.kl_scope == "window":
+        rows *= steps * args.world_size
+    if not args.needs_kl or rows >= 2:
+        return
+    split = f", split over {processes} processes," if processes > 1 else ""
+    remedy = (
+        "use at least 2 for each process, or kl_scope='window' with more than one row in an "
+        "optimizer step, or loss_type='apo_zero_unpaired'"
+        if args.kl_scope == "batch"
+        else "raise it, gradient_accumulation_steps or the number of processes, or use "
+        "loss_type='apo_zero_unpaired'"
+    )
+    raise ValueError(
+        f"{name} is {batch_size}{split} and loss_type='kto' estimates its KL term from each row's "
+        f"prompt with another row's completion; {remedy}"
+    )
 
 
 def check_arguments(model: Any, ref_model: Any, args: KTOConfig, compute_metrics: Any) -> None:
@@ -43,7 +56,12 @@ def check_arguments(model: Any, ref_model: Any, args: KTOConfig, compute_metrics
             "compute_metrics is not supported: it needs logits, which are never formed here; "
             "evaluate() returns the KTO metrics"
         )
-    check_batch_size(args, "per_device_train_batch_size", args.train_batch_size)
+    check_batch_size(
+        args,
+        "per_device_train_batch_size",
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+    )
     if args.use_liger_kernel:
         raise ValueError(
             "use_liger_kernel=True replaces the model's forward, which scores sequences here; "

@@ -37,7 +37,7 @@ def kto_loss(
     undesirable_weight: float = 1.0,
     loss_type: str = "kto",
     sft_weight: float = 0.0,
-    num_rows: int | None = None,
+    num_rows: float | None = None,
     backend: str = "auto",
 ) -> KTOLoss:
     """KTO loss of B sequences: scalar fp32, the sum of the rows' losses over num_rows.
@@ -100,7 +100,7 @@ class _KTOLoss(torch.autograd.Function):
         is_desirable: Tensor,
         kl: Tensor,
         coefficients: tuple[float, float, float, float],
-        num_rows: int,
+        num_rows: float,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         offsets = offsets.contiguous()
@@ -192,7 +192,7 @@ def _check_numbers(
     desirable_weight: float,
     undesirable_weight: float,
     sft_weight: float,
-    num_rows: int | None,
+    num_rows: float | None,
 ) -> None:
     for name, value in (
         ("beta", beta),
@@ -202,8 +202,8 @@ def _check_numbers(
     ):
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} is {value}; expected a finite number, zero or more")
-    if num_rows is not None and num_rows < 1:
-        raise ValueError(f"num_rows is {num_rows}; expected at least 1, the rows of the batch")
+    if num_rows is not None and not 0 < num_rows < float("inf"):
+        raise ValueError(f"num_rows is {num_rows}; expected a positive number")
 
 
 def _check_kl(kl: Tensor | None, loss_type: str, device: torch.device) -> Tensor:

@@ -19,6 +19,9 @@ FIELDS = (
     "kl_sum",  # policy minus reference on mismatched sequences, in nats
     "kl_rows",
     "lone_rows",  # rows without a completion to be paired with
+    "same_prompt_rows",  # rows paired with another completion of their own prompt
+    "sequence_tokens",  # tokens of all sequences scored, by policy and reference
+    "computed_tokens",  # tokens that went through the models for that, padding included
     "entropy_sum",  # in nats, over scored tokens
     "tokens",  # scored tokens
     "aux_loss_sum",
@@ -62,9 +65,12 @@ class Metrics:
         per_batch = [_values(sums) for sums in micro_batches]
         names = dict.fromkeys(name for values in per_batch for name in values)
         logs = {name: _mean([v[name] for v in per_batch if name in v]) for name in names}
-        lone_rows = sum(sums["lone_rows"] for sums in micro_batches)
-        if lone_rows:
-            logs["kl_lone_rows"] = lone_rows
+        for name in ("lone_rows", "same_prompt_rows"):
+            if count := sum(sums[name] for sums in micro_batches):
+                logs[f"kl_{name}"] = count
+        if computed := sum(sums["computed_tokens"] for sums in micro_batches):
+            tokens = sum(sums["sequence_tokens"] for sums in micro_batches)
+            logs["pass_efficiency"] = tokens / computed
         rows = sum(sums["rows"] for sums in micro_batches)
         return logs, sum(sums["loss_sum"] for sums in micro_batches) / rows if rows else None
 

@@ -1,95 +1,147 @@
-"""Passes: forwards of a model over some of a batch's sequences, within a budget of tokens.
+"""Passes: forwards of a model over some sequences, within a budget of tokens.
 
-A pass holds right-padded sequences and no attention mask: under causal attention a token never
-sees what stands to its right, so padding cannot reach a real token, and attention keeps its fast
-causal kernel. Which positions are scored is worked out on the CPU from the lengths: there is no
-boolean mask and no synchronisation on the device.
+A *packed* pass is one row of concatenated sequences whose positions restart, with `Segments` that
+say which tokens attend to which: no padding, and a prompt that several completions share is read
+once. A *padded* pass, for models that cannot be packed, holds right-padded sequences and no
+attention mask: under causal attention a token never sees what stands to its right.
+
+What is scored where is worked out on the CPU from the lengths: there are no boolean masks and no
+synchronisation on the device.
 """
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastkto.data.batch import TokenSequence
 from fastkto.loss import sum_completions
+from fastkto.segments import Segment, Segments
+
+# Sequences share a padded pass only if the shorter one fills this much of its row.
+_LEAST_FILL = 0.9
 
 
-class Sequences(NamedTuple):
-    """Prompt + completion token sequences, one after the other, without padding."""
+class Layout(Enum):
+    """How sequences stand in a pass; which of these is exact for a model, `packing` finds out."""
 
-    input_ids: Tensor  # [S] int64
-    prompt_lengths: list[int]
-    completion_lengths: list[int]
+    PACKED = "packed"  # concatenated
+    PADDED = "padded"  # in rows
+    ALONE = "alone"  # one sequence a pass
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
-        pairs = zip(self.prompt_lengths, self.completion_lengths, strict=True)
-        return [prompt + completion for prompt, completion in pairs]
 
-    def select(self, rows: Sequence[int], longest: int) -> "Sequences":
-        """The sequences `rows`, each cut to `longest` tokens."""
-        pieces = torch.split(self.input_ids, self.lengths)
-        prompts = [min(self.prompt_lengths[row], longest) for row in rows]
-        kept = [min(self.lengths[row], longest) for row in rows]
-        return Sequences(
-            input_ids=torch.cat(
-                [pieces[row][:length] for row, length in zip(rows, kept, strict=True)]
-            ),
-            prompt_lengths=prompts,
-            completion_lengths=[
-                length - prompt for length, prompt in zip(kept, prompts, strict=True)
-            ],
-        )
+# Sequences with one prompt, by their index; a packed pass reads that prompt once.
+Group = list[int]
 
 
 class Pass(NamedTuple):
-    """One forward over `b` sequences padded to `T` tokens, scoring `N` of the positions.
+    """One forward, scoring `N` tokens of `b` sequences in order.
 
-    A padded position repeats its sequence's last token, so no padding token is needed.
+    In a padded pass a padded position repeats its sequence's last token, so no padding token is
+    needed.
     """
 
     rows: Tensor  # [b] int64, which of the sequences these are
-    input_ids: Tensor  # [b, T] int64
-    score_row: Tensor  # [N] int64, the sequence of each scored position
-    score_position: Tensor  # [N] int64, counted from the end of the padded sequence: -1 is the last
+    input_ids: Tensor  # [1, T] packed, else [b, T]; int64
+    position_ids: Tensor | None  # [1, T] int64, packed only
+    segments: Segments | None  # packed only
+    score_row: Tensor  # [N] int64, the row of `input_ids` with the token before the scored one
+    score_position: Tensor  # [N] int64, that token's position from the end of its row, -1 the last
     score_target: Tensor  # [N] int64, the token to be predicted there
     offsets: Tensor  # [b + 1] int64, sequence i owns the scores offsets[i]:offsets[i + 1]
-    real_tokens: Tensor  # [S] int64, the flat positions of the tokens that are no padding
+    sequence: Tensor  # [N] int64, 0 to b - 1, the sequence of each scored token
+    real_tokens: Tensor  # [S] int64, flat positions of the tokens that are no padding
 
 
-def matched_sequences(batch: dict[str, Any]) -> Sequences:
-    """Each row's prompt with its own completion."""
-    return Sequences(batch["input_ids"], batch["prompt_lengths"], batch["completion_lengths"])
+def plan_passes(
+    sequences: Sequence[TokenSequence],
+    max_tokens: int,
+    layout: Layout,
+    *,
+    share_prompts: bool = False,
+) -> list[list[Group]]:
+    """The passes over the sequences, each of at most `max_tokens` tokens, the largest first.
+
+    What is larger than `max_tokens` by itself is a pass of its own. With `share_prompts` a packed
+    pass reads a prompt once for the completions that it holds.
+    """
+    if layout is Layout.PACKED:
+        groups = [[index] for index in range(len(sequences))]
+        if share_prompts:
+            groups = _group_prompts(sequences, max_tokens)
+        tokens = [_group_tokens(sequences, group) for group in groups]
+        plan = plan_lengths(tokens, max_tokens, layout)
+        return [[groups[item] for item in items] for items in plan]
+    plan = plan_lengths([sequence.length for sequence in sequences], max_tokens, layout)
+    return [[[row] for row in rows] for rows in plan]
 
 
-def mismatched_sequences(batch: dict[str, Any]) -> Sequences:
-    """Each row's prompt with the completion it is paired with; a row without one is left out."""
-    matched = matched_sequences(batch)
-    starts = _starts(matched.lengths)
-    completions = torch.split(batch["kl_completion_ids"], batch["kl_completion_lengths"])
-    pieces, prompts, lengths = [], [], []
-    for row, completion_ids in enumerate(completions):
-        if batch["kl_completion_lengths"][row] == 0:
+def plan_lengths(lengths: Sequence[int], max_tokens: int, layout: Layout) -> list[list[int]]:
+    """`plan_passes` for sequences that share no prompt, by their lengths."""
+    if layout is Layout.PACKED:
+        return _first_fit(lengths, max_tokens)
+    return _equal_lengths(lengths, max_tokens if layout is Layout.PADDED else 0)
+
+
+def computed_tokens(
+    sequences: Sequence[TokenSequence], groups: Sequence[Group], layout: Layout
+) -> int:
+    """Tokens that the pass over `groups` computes, padding included."""
+    if layout is Layout.PACKED:
+        return sum(_group_tokens(sequences, group) for group in groups)
+    return len(groups) * max(sequences[group[0]].length for group in groups)
+
+
+def _group_tokens(sequences: Sequence[TokenSequence], group: Group) -> int:
+    """Tokens of a group: its prompt once, and all of its completions."""
+    return len(sequences[group[0]].prompt) + sum(len(sequences[i].completion) for i in group)
+
+
+def _group_prompts(sequences: Sequence[TokenSequence], max_tokens: int) -> list[Group]:
+    """Sequences with equal prompts, in groups of at most `max_tokens` tokens."""
+    groups: list[Group] = []
+    open_groups: dict[int, Group] = {}
+    for index, sequence in enumerate(sequences):
+        group = open_groups.get(sequence.prompt_key)
+        has_room = group is not None and _group_tokens(sequences, [*group, index]) <= max_tokens
+        if group is not None and has_room and len(sequence.prompt) > 0:
+            group.append(index)
             continue
-        prompt = batch["prompt_lengths"][row]
-        pieces += [batch["input_ids"][starts[row] : starts[row] + prompt], completion_ids]
-        prompts.append(prompt)
-        lengths.append(batch["kl_completion_lengths"][row])
-    input_ids = torch.cat(pieces) if pieces else batch["input_ids"][:0]
-    return Sequences(input_ids, prompts, lengths)
+        groups.append([index])
+        open_groups[sequence.prompt_key] = groups[-1]
+    return groups
 
 
-def plan_passes(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group sequences into passes of at most `max_tokens` padded tokens, the longest first.
+def _first_fit(tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Items of so many `tokens` in bins of at most `max_tokens`, the fullest first.
 
-    A sequence longer than `max_tokens` is a pass of its own.
+    In falling order of size, each item goes to the first bin that has room for it.
+    """
+    bins: list[list[int]] = []
+    filled: list[int] = []
+    for item in sorted(range(len(tokens)), key=lambda item: -tokens[item]):
+        room = (number for number, size in enumerate(filled) if size + tokens[item] <= max_tokens)
+        number = next(room, len(bins))
+        if number == len(bins):
+            bins.append([])
+            filled.append(0)
+        bins[number].append(item)
+        filled[number] += tokens[item]
+    return [bins[number] for number in sorted(range(len(bins)), key=lambda n: -filled[n])]
+
+
+def _equal_lengths(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Sequences of about one length, in passes of at most `max_tokens` padded tokens.
+
+    The longest come first; none is padded by more than a tenth.
     """
     plan: list[list[int]] = []
     longest = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if plan and (len(plan[-1]) + 1) * longest <= max_tokens:
+        fits = bool(plan) and (len(plan[-1]) + 1) * longest <= max_tokens
+        if fits and lengths[row] >= _LEAST_FILL * longest:
             plan[-1].append(row)
         else:
             plan.append([row])
@@ -97,31 +149,96 @@ def plan_passes(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return plan
 
 
-def build_pass(sequences: Sequences, rows: Sequence[int]) -> Pass:
-    """The pass over the sequences `rows`."""
-    starts = _starts(sequences.lengths)
-    lengths = [sequences.lengths[row] for row in rows]
-    longest = max(lengths)
-    tokens, score_rows, positions, targets, real, counts = [], [], [], [], [], [0]
-    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        tokens.append(starts[row] + torch.arange(longest).clamp(max=length - 1))
-        # The first token of a sequence has nothing before it to be predicted from.
-        scored = torch.arange(max(sequences.prompt_lengths[row], 1), length)
-        score_rows.append(torch.full_like(scored, index))
-        positions.append(scored - 1 - longest)
-        targets.append(starts[row] + scored)
-        real.append(index * longest + torch.arange(length))
-        counts.append(len(scored))
+def build_pass(sequences: Sequence[TokenSequence], groups: Sequence[Group], layout: Layout) -> Pass:
+    """The pass over one entry of a plan."""
+    if layout is Layout.PACKED:
+        return _build_packed(sequences, groups)
+    return _build_padded(sequences, [row for group in groups for row in group])
 
-    ids = sequences.input_ids
+
+def _build_packed(sequences: Sequence[TokenSequence], groups: Sequence[Group]) -> Pass:
+    """One row with all `groups`: of each the prompt, then its completions one after the other."""
+    tokens, positions, spans, before, order = [], [], [], [], []
+    end = 0
+    for group in groups:
+        prompt = sequences[group[0]].prompt
+        start, behind = end, end + len(prompt)  # the prompt is start:behind
+        tokens.append(prompt)
+        positions.append(torch.arange(len(prompt)))
+        end = behind
+        for index in group:
+            completion = sequences[index].completion
+            first, end = end, end + len(completion)
+            tokens.append(completion)
+            positions.append(torch.arange(len(prompt), len(prompt) + len(completion)))
+            spans.append(
+                Segment(start, end) if first == behind else Segment(first, end, start, behind)
+            )
+            before.append(_tokens_before(behind - 1 if len(prompt) else None, first, end))
+            order.append(index)
+    input_ids = torch.cat(tokens)[None]
+    device = input_ids.device
+    return _scored_pass(sequences, order, input_ids, before)._replace(
+        position_ids=move_index(torch.cat(positions)[None], input_ids),
+        segments=Segments.of(spans, device),
+        real_tokens=torch.arange(end, device=device),
+    )
+
+
+def _build_padded(sequences: Sequence[TokenSequence], rows: Sequence[int]) -> Pass:
+    """A row for each of the sequences, as long as the longest of them."""
+    longest = max(sequences[row].length for row in rows)
+    tokens, before, real = [], [], []
+    for index, row in enumerate(rows):
+        prompt, completion = sequences[row].prompt, sequences[row].completion
+        start, length = index * longest, sequences[row].length
+        last = completion[-1:] if len(completion) else prompt[-1:]
+        tokens += [prompt, completion, last.expand(longest - length)]
+        first = start + len(prompt)
+        before.append(_tokens_before(first - 1 if len(prompt) else None, first, start + length))
+        real.append(torch.arange(start, start + length))
+    input_ids = torch.cat(tokens).view(len(rows), longest)
+    return _scored_pass(sequences, list(rows), input_ids, before)._replace(
+        real_tokens=move_index(torch.cat(real), input_ids)
+    )
+
+
+def _tokens_before(prompt_end: int | None, first: int, end: int) -> Tensor:
+    """Positions of the tokens from which the completion first:end is predicted.
+
+    Without a prompt nothing stands before its first token, which is then not scored.
+    """
+    before = torch.arange(first - 1, end - 1)
+    if prompt_end is None:
+        return before[1:]
+    before[:1] = prompt_end
+    return before
+
+
+def _scored_pass(
+    sequences: Sequence[TokenSequence],
+    order: list[int],
+    input_ids: Tensor,  # [b, T]
+    before: Sequence[Tensor],  # of each sequence in `order`: flat positions in input_ids
+) -> Pass:
+    flat = torch.cat(list(before))
+    counts = torch.tensor([len(positions) for positions in before])
+    length = input_ids.shape[1]
+    targets = [
+        sequences[index].completion[len(sequences[index].completion) - len(positions) :]
+        for index, positions in zip(order, before, strict=True)
+    ]
     return Pass(
-        rows=move_index(torch.tensor(rows), ids),
-        input_ids=ids[move_index(torch.stack(tokens), ids)],
-        score_row=move_index(torch.cat(score_rows), ids),
-        score_position=move_index(torch.cat(positions), ids),
-        score_target=ids[move_index(torch.cat(targets), ids)],
-        offsets=move_index(torch.tensor(counts).cumsum(0), ids),
-        real_tokens=move_index(torch.cat(real), ids),
+        rows=move_index(torch.tensor(order), input_ids),
+        input_ids=input_ids,
+        position_ids=None,
+        segments=None,
+        score_row=move_index(flat // length, input_ids),
+        score_position=move_index(flat % length - length, input_ids),
+        score_target=torch.cat(targets),
+        offsets=move_index(torch.cat([torch.zeros(1), counts.cumsum(0)]).long(), input_ids),
+        sequence=move_index(torch.arange(len(order)).repeat_interleave(counts), input_ids),
+        real_tokens=input_ids.new_empty(0),
     )
 
 
@@ -133,8 +250,17 @@ def move_index(index: Tensor, like: Tensor) -> Tensor:
 def run_pass(
     model: nn.Module, pass_: Pass, *, stats: bool = False, router_logits: bool = False
 ) -> Any:
-    """Score a pass with a model prepared by `attach_scoring`: its `ScoredOutput`."""
-    extra = {"output_router_logits": True} if router_logits else {}
+    """Score a pass with a model prepared by `attach_scoring`: its `TokenSequenceOutput`."""
+    extra: dict[str, Any] = {"output_router_logits": True} if router_logits else {}
+    if pass_.segments is not None:
+        # A mask of four dimensions is taken as ready: without one transformers would read the
+        # positions back from the device, and make a mask of [T, T].
+        ready = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=pass_.input_ids.device)
+        extra |= {
+            "position_ids": pass_.position_ids,
+            "segments": pass_.segments,
+            "attention_mask": ready,
+        }
     return model(
         input_ids=pass_.input_ids,
         use_cache=False,
@@ -148,22 +274,21 @@ def run_pass(
 
 @torch.no_grad()
 def sequence_logprobs(
-    model: nn.Module, sequences: Sequences, max_tokens: int, *, backend: str = "auto"
+    model: nn.Module,
+    sequences: Sequence[TokenSequence],
+    plan: Sequence[Sequence[Group]],
+    layout: Layout,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Log-probability of each completion, in nats: `[B]` fp64, without gradient."""
-    logprob_B = torch.zeros(
-        len(sequences.prompt_lengths), dtype=torch.float64, device=sequences.input_ids.device
-    )
-    for rows in plan_passes(sequences.lengths, max_tokens):
-        pass_ = build_pass(sequences, rows)
+    if not sequences:
+        return torch.zeros(0, dtype=torch.float64)
+    device = sequences[0].completion.device
+    logprob_B = torch.zeros(len(sequences), dtype=torch.float64, device=device)
+    for groups in plan:
+        pass_ = build_pass(sequences, groups, layout)
         logprob_N = run_pass(model, pass_).logprob
         logprob_b = sum_completions(logprob_N, pass_.offsets, backend=backend)
-        logprob_B.index_copy_(0, pass_.rows, logprob_b.to(logprob_B.device))
+        logprob_B.index_copy_(0, pass_.rows, logprob_b.to(device))
     return logprob_B
-
-
-def _starts(lengths: Sequence[int]) -> list[int]:
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    return starts

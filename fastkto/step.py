@@ -1,8 +1,8 @@
-"""One device batch: reference and KL scores first, then its loss, pass by pass.
+"""The loss of one device batch, pass by pass.
 
 Everything in a row's loss but its own log-probability is known once the passes without gradient
-are done. So each pass with gradient forms its part of the loss and can run backward at once, and
-the activations of one pass exist at a time.
+are done (see `fastkto.window_scores`). So each pass with gradient forms its part of the loss and
+can run backward at once, and the activations of one pass exist at a time.
 """
 
 from collections.abc import Callable
@@ -13,118 +13,77 @@ import torch
 from torch import Tensor, nn
 
 from fastkto.config import KTOConfig
-from fastkto.head_check import evaluating
+from fastkto.data.batch import matched_sequences, mismatched_sequences
 from fastkto.loss import KTOLoss, kto_loss
-from fastkto.passes import (
-    Pass,
-    Sequences,
-    build_pass,
-    matched_sequences,
-    mismatched_sequences,
-    move_index,
-    plan_passes,
-    run_pass,
-    sequence_logprobs,
-)
+from fastkto.passes import Group, Layout, Pass, build_pass, run_pass
 from fastkto.reference import Reference
 from fastkto.router import balancing_loss, expert_counts
+from fastkto.window import PairedBatch
 
 
 @dataclass
 class StepSettings:
-    """What stays the same from batch to batch."""
+    """What stays the same from step to step."""
 
     args: KTOConfig
     policy: Any  # as prepared by accelerate, without a DistributedDataParallel around it
     reference: Reference
+    policy_layout: Layout
+    reference_layout: Layout
+    no_grad_tokens: int  # budget of a pass without gradient, which keeps no activations
     router_aux_loss_coef: float  # 0 without a router
     experts_per_token: int
     reduce: Callable[[Tensor], Tensor]  # sums a tensor over ranks
+
+    @property
+    def has_router(self) -> bool:
+        """Whether there is a load-balancing loss."""
+        return self.router_aux_loss_coef != 0.0
 
 
 class BatchLoss:
     """The loss of one device batch of `B` rows, in parts that add up to the mean over its rows.
 
-    `plan` lists the rows of each pass. `pass_loss` runs one of them; once all have run, `sums`
-    holds the batch's metrics and `finite` says which rows' scores are finite. The first `counted`
-    rows count in the KL estimate and the metrics: all but those that fill a last evaluation batch.
-    With `single_pass` the plan is one pass over all rows, whatever its size.
+    `plan` lists the passes. `pass_loss` runs one of them; once all have run, `sums` holds the
+    batch's metrics and `finite` says which rows' scores are finite. The first `counted` rows count
+    in the KL estimate and the metrics: all but those that fill a last evaluation batch. What its
+    parts need besides gradients, `fastkto.window_scores.score_window` fills in.
     """
 
+    reference_logprob: Tensor  # [B] fp64, nats
+    plan: list[list[Group]]
+
     def __init__(
-        self,
-        settings: StepSettings,
-        batch: dict[str, Any],
-        counted: int,
-        *,
-        single_pass: bool = False,
+        self, settings: StepSettings, batch: dict[str, Any], pairs: PairedBatch, counted: int
     ) -> None:
         self.settings = settings
         self.rows: list[int] = batch["rows"]
-        self.is_desirable = batch["label"]
+        self.is_desirable: Tensor = batch["label"]
+        max_length = settings.args.max_length
+        self.matched = matched_sequences(batch, max_length)
+        mismatched = mismatched_sequences(batch, pairs.partners, max_length)
+        self.paired_rows = [row for row, sequence in enumerate(mismatched) if sequence is not None]
+        self.mismatched = [sequence for sequence in mismatched if sequence is not None]
         index_B = torch.arange(len(self.rows), device=self.is_desirable.device)
         self.counted = (index_B < counted).double()
-        self.matched = matched_sequences(batch)
-        self.plan = plan_passes(self.matched.lengths, settings.args.max_tokens_per_pass)
-        if single_pass:
-            self.plan = [list(range(len(self.rows)))]
         self.finite = torch.ones_like(self.is_desirable)
-        self.sums: dict[str, Tensor] = {}
+        self.num_rows: float = len(self.rows)  # what the sum of the rows' losses is divided by
         self.kl: Tensor | None = None
-        self._expert_counts: Tensor | None = None
-        # Dropout would be noise, and gradient checkpointing only cost, where no gradient is needed.
-        with evaluating(settings.policy):
-            self._score_without_gradient(batch)
+        self.expert_counts: Tensor | None = None
+        self.sums: dict[str, Tensor | float] = {}
+        if settings.args.needs_kl:
+            self.add(lone_rows=pairs.lone_rows, same_prompt_rows=pairs.same_prompt_pairs)
 
-    def _score_without_gradient(self, batch: dict[str, Any]) -> None:
-        settings, args = self.settings, self.settings.args
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the matched sequences."""
+        return sum(sequence.length for sequence in self.matched)
 
-        def score(model: nn.Module, sequences: Sequences) -> Tensor:
-            return sequence_logprobs(
-                model, sequences, args.max_tokens_per_pass, backend=args.backend
-            )
-
-        with settings.reference.scoring(settings.policy) as reference:
-            self.reference_logprob = score(reference, self.matched)
-            if args.needs_kl:
-                mismatched = mismatched_sequences(batch)
-                kl_reference_logprob = score(reference, mismatched)
-        if args.needs_kl:
-            kl_logprob = score(settings.policy, mismatched)
-            self._estimate_kl(kl_logprob - kl_reference_logprob, batch["kl_completion_lengths"])
-        if settings.router_aux_loss_coef and len(self.plan) > 1:
-            counts = [self._count_experts(rows) for rows in self.plan]
-            self._expert_counts = torch.stack(counts).sum(0)
-
-    def _estimate_kl(self, log_ratio: Tensor, kl_lengths: list[int]) -> None:
-        """`max(0, mean log-ratio of the mismatched sequences)`, over all ranks' rows."""
-        rows = [row for row, length in enumerate(kl_lengths) if length > 0]
-        paired = move_index(torch.tensor(rows, dtype=torch.int64), log_ratio)
-        counted = self.counted[paired]
-        self.finite[paired] &= torch.isfinite(log_ratio)
-        local = torch.stack([(log_ratio * counted).sum(), counted.sum()])
-        self._add(kl_sum=local[0], kl_rows=local[1])
-        self._add(lone_rows=self.counted.sum() - local[1])
-        kl_sum, kl_rows = self.settings.reduce(local.clone())
-        self.kl = (kl_sum / kl_rows.clamp(min=1)).clamp(min=0)
-
-    def _count_experts(self, rows: list[int]) -> Tensor:
-        pass_ = build_pass(self.matched, rows)
-        unscored = pass_._replace(
-            score_row=pass_.score_row[:0],
-            score_position=pass_.score_position[:0],
-            score_target=pass_.score_target[:0],
-        )
-        output = run_pass(self.settings.policy, unscored, router_logits=True)
-        return expert_counts(
-            output.router_logits, pass_.real_tokens, self.settings.experts_per_token
-        )
-
-    def pass_loss(self, model: nn.Module, rows: list[int]) -> Tensor:
+    def pass_loss(self, model: nn.Module, groups: list[Group]) -> Tensor:
         """This pass's part of the batch's loss: a scalar with the graph of the pass."""
-        args, pass_ = self.settings.args, build_pass(self.matched, rows)
-        has_router = self.settings.router_aux_loss_coef != 0.0
-        scores = run_pass(model, pass_, stats=True, router_logits=has_router)
+        args, settings = self.settings.args, self.settings
+        pass_ = build_pass(self.matched, groups, settings.policy_layout)
+        scores = run_pass(model, pass_, stats=True, router_logits=settings.has_router)
         result = kto_loss(
             scores.logprob,
             pass_.offsets,
@@ -135,41 +94,52 @@ class BatchLoss:
             desirable_weight=args.desirable_weight,
             undesirable_weight=args.undesirable_weight,
             loss_type=args.loss_type,
-            num_rows=len(self.rows),
+            num_rows=self.num_rows,
             backend=args.backend,
         )
         self._record(pass_, scores, result)
-        if not has_router:
+        if not settings.has_router:
             return result.loss
         return result.loss + self._router_loss(scores.router_logits, pass_)
 
+    def count_experts(self, groups: list[Group]) -> Tensor:
+        """How often a pass's tokens choose each expert: [E], without gradient."""
+        pass_ = build_pass(self.matched, groups, self.settings.policy_layout)
+        unscored = pass_._replace(
+            score_row=pass_.score_row[:0],
+            score_position=pass_.score_position[:0],
+            score_target=pass_.score_target[:0],
+        )
+        output = run_pass(self.settings.policy, unscored, router_logits=True)
+        top_k = self.settings.experts_per_token
+        return expert_counts(output.router_logits, pass_.real_tokens, top_k)
+
     def _router_loss(self, router_logits: tuple[Tensor, ...], pass_: Pass) -> Tensor:
-        counts = self._expert_counts
+        counts = self.expert_counts
         if counts is None:  # a single pass is the whole device batch
             with torch.no_grad():
                 top_k = self.settings.experts_per_token
                 counts = expert_counts(router_logits, pass_.real_tokens, top_k)
-        num_tokens = sum(self.matched.lengths)
-        loss = balancing_loss(router_logits, pass_.real_tokens, counts, num_tokens)
-        self._add(aux_loss_sum=loss.detach())
+        loss = balancing_loss(router_logits, pass_.real_tokens, counts, self.num_tokens)
+        self.add(aux_loss_sum=loss.detach())
         loss = self.settings.router_aux_loss_coef * loss
         # A batch's loss holds it once, so in a mean over rows each of them has it.
-        self._add(loss_sum=loss.detach() * self.counted.sum())
+        self.add(loss_sum=loss.detach() * self.counted.sum())
         return loss
 
     @torch.no_grad()
     def _record(self, pass_: Pass, scores: Any, result: KTOLoss) -> None:
         counted, desirable = self.counted[pass_.rows], self.is_desirable[pass_.rows]
         self.finite[pass_.rows] &= torch.isfinite(result.log_ratio)
-        self._add(
+        self.add(
             loss_sum=(result.row_loss * counted).sum(),
             rows=counted.sum(),
-            entropy_sum=(scores.entropy * counted[pass_.score_row]).sum(),
-            tokens=counted[pass_.score_row].sum(),
+            entropy_sum=(scores.entropy * counted[pass_.sequence]).sum(),
+            tokens=counted[pass_.sequence].sum(),
         )
         for label, mask in (("chosen", counted * desirable), ("rejected", counted * ~desirable)):
-            token_mask = mask[pass_.score_row]
-            self._add(
+            token_mask = mask[pass_.sequence]
+            self.add(
                 **{
                     f"{label}_rows": mask.sum(),
                     f"{label}_reward_sum": self.settings.args.beta
@@ -180,6 +150,7 @@ class BatchLoss:
                 }
             )
 
-    def _add(self, **sums: Tensor) -> None:
+    def add(self, **sums: Tensor | float) -> None:
+        """Add to the batch's metrics, see `fastkto.metrics.FIELDS`."""
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastkto.config import KTOConfig
-from fastkto.data.batch import KTOCollator, check_batch, pair_first_rows
+from fastkto.data.batch import KTOCollator, check_batch, matched_sequences
 from fastkto.data.rows import RowReport, prepare_rows
 from fastkto.head import attach_scoring
 from fastkto.head_check import check_head, evaluating
@@ -37,7 +37,8 @@ from fastkto.limits import (
     set_distributed_defaults,
 )
 from fastkto.metrics import Metrics, TokenCount
-from fastkto.passes import matched_sequences
+from fastkto.packing import PackingCheck, choose_layout
+from fastkto.passes import Layout
 from fastkto.policy import (
     disable_dropout,
     load_policy,
@@ -50,6 +51,7 @@ from fastkto.reference import choose_reference
 from fastkto.repeats import RepeatedRows
 from fastkto.step import BatchLoss, StepSettings
 from fastkto.step_check import StepCheck
+from fastkto.window_scores import score_window
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +130,7 @@ class KTOTrainer(Trainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or KTOCollator(args.max_length, needs_kl=args.needs_kl),
+            data_collator=data_collator or KTOCollator(args.max_length),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -166,13 +168,16 @@ class KTOTrainer(Trainer):
             args=args,
             policy=self.model,
             reference=self.reference,
+            policy_layout=Layout.PADDED,  # until the first batch shows more
+            reference_layout=Layout.PADDED,
+            no_grad_tokens=2 * args.max_tokens_per_pass,
             reduce=self._sum_over_ranks,
             **router_settings(self.model.config.get_text_config(), args),
         )
         self._train_metrics, self._eval_metrics = Metrics(), Metrics()
         self._step_check = StepCheck(self._sum_over_ranks)
         self._repeated_rows = RepeatedRows(self.accelerator, args.dataloader_num_workers)
-        self._head_is_checked = False
+        self._models_are_checked = False
         self.add_callback(TokenCount())
         self.add_callback(_StartOfTraining(self))
 
@@ -232,7 +237,9 @@ class KTOTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As in `Trainer`; the batch size may have been lowered since the start."""
-        check_batch_size(self.step_settings.args, "the batch size", self._train_batch_size)
+        args = self.step_settings.args
+        steps = args.gradient_accumulation_steps
+        check_batch_size(args, "the batch size", self._train_batch_size, steps)
         return super().get_train_dataloader()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -241,6 +248,29 @@ class KTOTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self._check_step()
         return loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """As in `Trainer`; the scores without gradient are there for all of a step's batches."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [self._prepare_inputs(batch) for batch in batches]
+        if batches:
+            for batch, batch_loss in zip(batches, self._score(batches), strict=True):
+                batch["batch_loss"] = batch_loss
+        return batches, num_items
+
+    def _score(
+        self, batches: list[dict[str, Any]], counted: list[int] | None = None
+    ) -> list[BatchLoss]:
+        self._check_models_once(batches)
+        return score_window(
+            self.step_settings,
+            batches,
+            self.accelerator,
+            counted=counted,
+            single_pass=self._single_pass,
+        )
 
     def compute_loss(
         self,
@@ -253,18 +283,18 @@ class KTOTrainer(Trainer):
 
         In training, backward has run for the passes before the last when this returns.
         """
-        self._check_head_once(inputs)
         training = self.model.training
-        counted = len(inputs["rows"]) - (0 if training else self._repeated_rows.count(inputs))
-        inputs = pair_first_rows(inputs, counted, self.step_settings.args.max_length)
-        batch_loss = BatchLoss(self.step_settings, inputs, counted, single_pass=self._single_pass)
+        batch_loss = inputs.get("batch_loss")
+        if batch_loss is None:  # not handed out by get_batch_samples: a step of its own
+            counted = len(inputs["rows"]) - (0 if training else self._repeated_rows.count(inputs))
+            (batch_loss,) = self._score([inputs], [counted])
         if training:
             check_optimizer(self.args.optim, len(batch_loss.plan))
         done: Tensor | float = 0.0
         with nullcontext() if training else evaluating(model):
-            for rows in batch_loss.plan[:-1]:
+            for groups in batch_loss.plan[:-1]:
                 with self._deferring_reduction(model):
-                    loss = batch_loss.pass_loss(model, rows)
+                    loss = batch_loss.pass_loss(model, groups)
                     if training:
                         self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
                 done = done + loss.detach()
@@ -305,7 +335,7 @@ class KTOTrainer(Trainer):
             sums["aux_losses"] = 1.0
         metrics = self._train_metrics if training else self._eval_metrics
         metrics.add(sums, self.args.device)
-        tokens = sum(batch_loss.matched.lengths) if training else 0
+        tokens = batch_loss.num_tokens if training else 0
         self._step_check.add(batch_loss.rows, batch_loss.finite, tokens)
 
     def _check_step(self) -> None:
@@ -366,19 +396,35 @@ class KTOTrainer(Trainer):
 
     # ---- Checks ----
 
-    def _check_head_once(self, inputs: dict[str, Any]) -> None:
-        """Compare with the models' own logits on the two longest rows of the first batch."""
-        if self._head_is_checked:
+    def _check_models_once(self, batches: list[dict[str, Any]]) -> None:
+        """On real rows of the first batch: are heads scored right, and may passes be packed?"""
+        max_length = self.step_settings.args.max_length
+        for batch in batches:
+            check_batch(batch, max_length)
+        if self._models_are_checked:
             return
-        check_batch(inputs, needs_kl=self.step_settings.args.needs_kl)
-        matched = matched_sequences(inputs)
-        longest = sorted(range(len(matched.lengths)), key=lambda row: -matched.lengths[row])[:2]
-        sequences = matched.select(longest, 512)
-        rows = list(torch.split(sequences.input_ids, sequences.lengths))
-        check_head(self.model, rows)
-        if self.reference.model is not None:
-            check_head(self.reference.model, rows)
-        self._head_is_checked = True
+        sequences = [one for batch in batches for one in matched_sequences(batch, max_length)]
+        longest = sorted(sequences, key=lambda sequence: -sequence.length)[:2]
+        rows = [torch.cat([one.prompt, one.completion]) for one in longest]
+        policy, reference = self.model, self.reference.model
+        check_head(policy, rows)
+        settings = self.step_settings
+        settings.policy_layout = self._choose_layout(policy, "policy", rows)
+        settings.reference_layout = settings.policy_layout
+        if reference is not None:
+            check_head(reference, rows)
+            settings.reference_layout = self._choose_layout(reference, "reference", rows)
+        self._models_are_checked = True
+
+    def _choose_layout(self, model: nn.Module, name: str, rows: list[Tensor]) -> Layout:
+        """The best layout of passes that is exact for the model on all ranks."""
+        check = choose_layout(model, rows)
+        unpacked = torch.tensor(float(check.layout is not Layout.PACKED), device=self.args.device)
+        if self._sum_over_ranks(unpacked).item() and check.layout is Layout.PACKED:
+            check = PackingCheck(Layout.PADDED, "another rank found it inexact")
+        if check.reason:
+            logger.warning("Passes of the %s are not packed: %s.", name, check.reason)
+        return check.layout
 
 
 class _StartOfTraining(TrainerCallback):

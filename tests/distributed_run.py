@@ -20,8 +20,10 @@ from peft import LoraConfig
 
 import fastkto.trainer
 from fastkto import KTOConfig, KTOTrainer
-from fastkto.data.batch import KTOCollator
+from fastkto.data.batch import split_rows
 from fastkto.step import BatchLoss
+from fastkto.window import PairedBatch, Window, pair_window
+from fastkto.window_scores import score_window
 from tests.models import tiny_model, tiny_tokenizer
 
 RANK_BATCH = 4
@@ -36,20 +38,26 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class PairsWithinRanks(KTOCollator):
-    """One process's batch paired as two processes pair it: inside each rank's rows."""
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        parts = [
-            super(PairsWithinRanks, self).__call__(rows[start : start + RANK_BATCH])
-            for start in range(0, len(rows), RANK_BATCH)
-        ]
-        return {
-            key: torch.cat([part[key] for part in parts])
-            if isinstance(parts[0][key], torch.Tensor)
-            else sum((part[key] for part in parts), [])
-            for key in parts[0]
-        }
+def pair_within_ranks(batches: list[dict[str, Any]], **options: Any) -> Window:
+    """One process's batches paired as two processes pair them: inside each rank's rows."""
+    paired = []
+    counted = options.pop("counted") or [len(batch["rows"]) for batch in batches]
+    for batch, count in zip(batches, counted, strict=True):
+        tokens = [torch.cat(row) for row in split_rows(batch)]
+        parts, counts = [], []
+        for start in range(0, len(tokens), RANK_BATCH):
+            part = {key: batch[key][start : start + RANK_BATCH] for key in batch}
+            parts.append(part | {"input_ids": torch.cat(tokens[start : start + RANK_BATCH])})
+            counts.append(min(max(count - start, 0), len(parts[-1]["rows"])))
+        ranks = pair_window(parts, counted=counts, **options).batches
+        paired.append(
+            PairedBatch(
+                [partner for rank in ranks for partner in rank.partners],
+                sum(rank.lone_rows for rank in ranks),
+                sum(rank.same_prompt_pairs for rank in ranks),
+            )
+        )
+    return Window(paired, sum(counted))
 
 
 def rows(count: int) -> Dataset:
@@ -67,18 +75,17 @@ def rows(count: int) -> Dataset:
     return Dataset.from_list(data)
 
 
-class CountingBatchLoss(BatchLoss):
-    """Remembers how many passes each batch of this rank took."""
+passes: list[int] = []
 
-    passes: list[int] = []
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.passes.append(len(self.plan))
+def score_and_count(*args: Any, **options: Any) -> list[BatchLoss]:
+    """Remembers how many passes each batch of this rank takes."""
+    losses = score_window(*args, **options)
+    passes.extend(len(loss.plan) for loss in losses)
+    return losses
 
 
 def run(case: str, directory: Path) -> None:
-    passes = CountingBatchLoss.passes
     passes.clear()
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     config = {"gradient_checkpointing": False, **CASES[case]}
@@ -113,7 +120,6 @@ def run(case: str, directory: Path) -> None:
         model=tiny_model(family, seed=1),
         ref_model=None if peft_config else tiny_model(family, seed=2),
         args=args,
-        data_collator=PairsWithinRanks(None, needs_kl=args.needs_kl),
         train_dataset=rows(48),
         eval_dataset=rows(13),
         processing_class=tiny_tokenizer(),
@@ -138,6 +144,8 @@ def run(case: str, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    fastkto.trainer.BatchLoss = CountingBatchLoss  # type: ignore[misc]
+    fastkto.trainer.score_window = score_and_count
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        fastkto.window_scores.pair_window = pair_within_ranks
     for case in CASES:
         run(case, Path(sys.argv[1]) / case)

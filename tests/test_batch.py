@@ -1,7 +1,11 @@
-"""The collator against TRL's on TRL's own data set, its properties, and what a batch survives."""
+"""The collator and its pairs against TRL's on TRL's own data set, and what a batch survives."""
 
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +21,19 @@ from transformers import Trainer, TrainingArguments
 from trl import KTOTrainer as TRLTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from fastkto.data.batch import KTOCollator, check_batch, pair_first_rows
+from fastkto.data.batch import (
+    KTOCollator,
+    check_batch,
+    matched_sequences,
+    mismatched_sequences,
+    prompt_key,
+    split_rows,
+)
 from fastkto.data.rows import prepare_rows
+from fastkto.window import pair_window
 from tests.models import tiny_model, tiny_tokenizer
 
+ROOT = Path(__file__).parent.parent
 MAX_LENGTH = 24
 ROWS = 23
 
@@ -71,15 +84,22 @@ def trl_sequences(batch: dict[str, torch.Tensor], prefix: str) -> list[tuple[lis
     return sequences
 
 
-def sequences(batch: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-    """Prompt and completion of each row's matched and mismatched sequence."""
-    lengths = zip(batch["prompt_lengths"], batch["completion_lengths"], strict=True)
-    pieces = iter(batch["input_ids"].split([n for pair in lengths for n in pair]))
-    matched = [(prompt.tolist(), next(pieces).tolist()) for prompt in pieces]
-    if "kl_completion_ids" not in batch:
-        return matched, []
-    paired = batch["kl_completion_ids"].split(batch["kl_completion_lengths"])
-    return matched, [(p, ids.tolist()) for (p, _), ids in zip(matched, paired, strict=True)]
+def sequences(
+    batch: dict[str, Any], max_length: int | None = MAX_LENGTH
+) -> tuple[list[Any], list[Any]]:
+    """Prompt and completion of each row's matched and mismatched sequence, paired as TRL does."""
+    window = pair_window(
+        [batch], kl_scope="batch", kl_pairing="rotate", accelerator=Accelerator(cpu=True)
+    )
+    partners = window.batches[0].partners
+    formed = (
+        matched_sequences(batch, max_length),
+        mismatched_sequences(batch, partners, max_length),
+    )
+    matched, mismatched = (
+        [one and (one.prompt.tolist(), one.completion.tolist()) for one in some] for some in formed
+    )
+    return matched, mismatched
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 4, 7, 64])
@@ -129,42 +149,75 @@ def test_uncut_pairs_are_the_batchs_completions_each_with_another_row(
     rows: list[dict[str, Any]],
 ) -> None:
     batch = KTOCollator(None)(rows)
-    _, mismatched = sequences(batch)
+    _, mismatched = sequences(batch, None)
     completions = [row["completion_ids"] for row in rows]
-    paired = [completion for _, completion in mismatched]
     if len(rows) == 1:
-        assert paired == [[]]
+        assert mismatched == [None]
         return
+    paired = [completion for _, completion in mismatched]
     assert Counter(map(tuple, paired)) == Counter(map(tuple, completions))
     for i in range(len(rows)):
         assert paired[i] == completions[i - 1]
 
 
-@given(TOKEN_ROWS, st.integers(13, 25), st.booleans())
+@given(TOKEN_ROWS, st.integers(13, 25))
 def test_nothing_exceeds_max_length_and_every_row_keeps_a_completion(
-    rows: list[dict[str, Any]], max_length: int, needs_kl: bool
+    rows: list[dict[str, Any]], max_length: int
 ) -> None:
-    batch = KTOCollator(max_length, needs_kl=needs_kl)(rows)
-    check_batch(batch, needs_kl=needs_kl)
-    matched, mismatched = sequences(batch)
+    batch = KTOCollator(max_length)(rows)
+    check_batch(batch, max_length)
+    matched, mismatched = sequences(batch, max_length)
     for row, (prompt, completion) in zip(rows, matched, strict=True):
         assert prompt + completion == (row["prompt_ids"] + row["completion_ids"])[:max_length]
         assert prompt == row["prompt_ids"] and completion
-    for i, (prompt, completion) in enumerate(mismatched):
-        wanted = (prompt + rows[i - 1]["completion_ids"])[:max_length] if len(rows) > 1 else prompt
-        assert prompt + completion == wanted
+    if len(rows) > 1:
+        for i, (prompt, completion) in enumerate(mismatched):
+            wanted = rows[i]["prompt_ids"] + rows[i - 1]["completion_ids"]
+            assert prompt + completion == wanted[:max_length]
     assert batch["label"].tolist() == [row["label"] for row in rows]
     assert batch["rows"] == [row["row"] for row in rows]
-    assert ("kl_completion_ids" in batch) is needs_kl
-    assert any(batch["kl_completion_lengths"]) is (needs_kl and len(rows) > 1)
 
 
-def test_a_lone_row_has_no_partner() -> None:
-    batch = KTOCollator(9)([{"prompt_ids": [1], "completion_ids": [2], "label": True, "row": 5}])
-    assert batch["kl_completion_lengths"] == [0]
-    assert batch["kl_completion_ids"].shape == (0,)
-    assert batch["kl_completion_ids"].dtype == torch.int64
-    check_batch(batch)
+@given(TOKEN_ROWS, st.integers(1, 6))
+def test_a_batch_holds_completions_to_max_length_whatever_their_prompts(
+    rows: list[dict[str, Any]], longest: int
+) -> None:
+    rows = [row | {"prompt_ids": row["prompt_ids"][: longest - 1]} for row in rows]
+    batch = KTOCollator(longest)(rows)
+    split = [(prompt.tolist(), completion.tolist()) for prompt, completion in split_rows(batch)]
+    assert split == [(row["prompt_ids"], row["completion_ids"][:longest]) for row in rows]
+
+
+def test_sequences_are_views_of_the_batch() -> None:
+    """So they cost no memory, and forming them does not wait for a device."""
+    batch = KTOCollator(MAX_LENGTH)(list(prepared())[:4])
+    partners = [completion for _, completion in split_rows(batch)]
+    for one in (
+        *matched_sequences(batch, MAX_LENGTH),
+        *mismatched_sequences(batch, partners, MAX_LENGTH),
+    ):
+        assert one is not None and one.length == len(one.prompt) + len(one.completion)
+        storage = batch["input_ids"].untyped_storage().data_ptr()
+        for part in (one.prompt, one.completion):
+            assert part.untyped_storage().data_ptr() == storage
+
+
+@given(TOKENS, TOKENS)
+def test_prompts_have_the_same_key_only_if_they_are_the_same(
+    prompt: list[int], other: list[int]
+) -> None:
+    assert (prompt_key(prompt) == prompt_key(other)) == (prompt == other)
+    assert 0 <= prompt_key(prompt) < 2**63
+
+
+def test_prompt_keys_are_the_same_in_every_process() -> None:
+    code = (
+        "from fastkto.data.batch import prompt_key; print(prompt_key([]), prompt_key([3, 70000]))"
+    )
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+        assert [int(key) for key in printed.split()] == [prompt_key([]), prompt_key([3, 70000])]
 
 
 def test_the_key_order_and_types_of_a_batch() -> None:
@@ -172,7 +225,13 @@ def test_the_key_order_and_types_of_a_batch() -> None:
     assert type(batch) is dict
     assert list(batch)[:2] == ["label", "input_ids"]
     assert batch["label"].dtype == torch.bool
-    assert batch["input_ids"].dtype == batch["kl_completion_ids"].dtype == torch.int64
+    assert batch["input_ids"].dtype == torch.int64
+
+
+def test_a_batch_without_prompt_tokens_has_the_same_types() -> None:
+    batch = KTOCollator(9)([{"prompt_ids": [], "completion_ids": [2], "label": True, "row": 5}])
+    assert batch["input_ids"].tolist() == [2] and batch["input_ids"].dtype == torch.int64
+    check_batch(batch, 9)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -187,7 +246,7 @@ def test_a_batch_survives_accelerate_and_workers(num_workers: int) -> None:
     for batch, other in zip(batches, wanted, strict=True):
         assert_equal(batch, other)
         assert find_batch_size(batch) == len(batch["rows"])
-        check_batch(batch)
+        check_batch(batch, MAX_LENGTH)
 
 
 def assert_equal(batch: dict[str, Any], other: dict[str, Any]) -> None:
@@ -203,7 +262,7 @@ def test_lists_stay_lists_when_a_batch_moves_to_another_device() -> None:
     batch = KTOCollator(MAX_LENGTH)(list(prepared())[:4])
     moved = send_to_device(batch, "meta", non_blocking=True)
     assert moved["input_ids"].device.type == moved["label"].device.type == "meta"
-    for key in ("rows", "prompt_lengths", "completion_lengths", "kl_completion_lengths"):
+    for key in ("rows", "prompt_lengths", "completion_lengths", "prompt_keys"):
         assert moved[key] == batch[key]
 
 
@@ -215,8 +274,8 @@ def test_a_batch_can_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equal(torch.utils.data._utils.pin_memory.pin_memory(batch), batch)
 
 
-def test_a_batch_survives_the_trainers_own_loader_and_token_count(tmp_path: Any) -> None:
-    """`Trainer.train` places the batches by `_prepare_inputs` and counts every token."""
+def test_a_batch_survives_the_trainers_own_loader(tmp_path: Any) -> None:
+    """`Trainer.train` places the batches by `_prepare_inputs`."""
     seen: list[dict[str, Any]] = []
 
     class Watcher(Trainer):
@@ -230,7 +289,6 @@ def test_a_batch_survives_the_trainers_own_loader_and_token_count(tmp_path: Any)
         per_device_train_batch_size=4,
         num_train_epochs=1,
         remove_unused_columns=False,
-        include_num_input_tokens_seen="all",
         report_to=[],
         train_sampling_strategy="sequential",
         dataloader_pin_memory=True,
@@ -242,7 +300,6 @@ def test_a_batch_survives_the_trainers_own_loader_and_token_count(tmp_path: Any)
     trainer.train()
     assert_equal(seen[0], collator([rows[i] for i in range(4)]))
     assert [number for batch in seen for number in batch["rows"]] == rows["row"][:]
-    assert trainer.state.num_input_tokens_seen == sum(rows["length"])
 
 
 def good() -> dict[str, Any]:
@@ -254,30 +311,41 @@ def good() -> dict[str, Any]:
     ("changes", "message"),
     [
         ({"rows": None, "prompt_lengths": None}, "batch has no rows, prompt_lengths; it has label"),
-        ({"kl_completion_ids": None}, "the batch has no kl_completion_ids; .*KTOCollator"),
-        ({"input_ids": torch.ones(2, 3).long()}, r"input_ids is a tensor of torch.int64 and shape"),
-        ({"input_ids": [1, 2]}, "input_ids is a list, expected one row of torch.int64"),
+        ({"prompt_keys": None}, "the batch has no prompt_keys; it has label, .*KTOCollator"),
+        ({"input_ids": torch.ones(1, 6).long()}, r"input_ids is a tensor of torch.int64 and shape"),
+        ({"input_ids": [1]}, "input_ids is a list, expected one row of torch.int64"),
+        ({"input_ids": torch.ones(6)}, "input_ids is a tensor of torch.float32 and"),
         ({"label": torch.tensor([1, 0])}, "label is a tensor of torch.int64.*row of torch.bool"),
         ({"rows": torch.tensor([0, 1])}, "rows is a tensor of .*expected a list of int"),
+        ({"prompt_keys": torch.tensor([0, 1])}, "prompt_keys is a tensor of .*expected a list of"),
         ({"rows": ["0", "1"]}, "rows is a list, expected a list of int"),
         ({"completion_lengths": [2]}, "completion_lengths has 1 entries for 2 labels"),
+        ({"prompt_keys": [2]}, "prompt_keys has 1 entries for 2 labels"),
         ({"prompt_lengths": [1, 2]}, "input_ids has 6 tokens, but prompt_lengths and .* up to 7"),
-        ({"kl_completion_lengths": [2, 0]}, "kl_completion_ids has 4 tokens, but .* up to 2"),
+        ({"completion_lengths": [2, 0]}, "input_ids has 6 tokens, but .* add up to 4"),
+        ({"completion_lengths": [4, 0]}, "row 1 has 1 prompt and 0 completion tokens"),
+        ({"prompt_lengths": [-1, 3]}, "row 0 has -1 prompt and 2 completion tokens"),
+        (
+            {"input_ids": torch.ones(14).long(), "prompt_lengths": [9, 1]},
+            "row 0 has 9 prompt and 2 completion tokens, .* max_length=9; prepare the data set",
+        ),
     ],
 )
 def test_a_foreign_batch_is_named_and_refused(changes: dict[str, Any], message: str) -> None:
     batch = good() | changes
     batch = {key: value for key, value in batch.items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        check_batch(batch)
+        check_batch(batch, 9)
 
 
-def test_a_batch_without_pairs_is_fine_where_none_are_needed() -> None:
-    batch = good()
-    del batch["kl_completion_ids"], batch["kl_completion_lengths"]
-    check_batch(batch, needs_kl=False)
+def test_a_batch_that_is_no_dict_is_refused() -> None:
     with pytest.raises(TypeError, match="the batch is a list, expected a dict; use fastkto"):
-        check_batch([1])
+        check_batch([1], None)
+
+
+def test_a_batch_on_a_device_is_checked_without_reading_it() -> None:
+    """A meta tensor holds no values, so reading one would raise."""
+    check_batch(send_to_device(good(), "meta"), 9)
 
 
 @pytest.mark.parametrize(
@@ -305,29 +373,3 @@ def test_rows_that_were_not_prepared_are_refused(row: dict[str, Any], message: s
 def test_a_max_length_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="max_length is 0; it must be 1 or more, or None"):
         KTOCollator(0)
-
-
-@pytest.mark.parametrize("count", range(5))
-def test_first_rows_are_paired_as_if_there_were_no_others(count: int) -> None:
-    rows = list(prepare_rows(dataset(), tiny_tokenizer(), max_length=None)[0].select(range(4)))
-    collate = KTOCollator(max_length=None)
-    batch = pair_first_rows(collate(rows), count, None)
-    check_batch(batch)
-    if count > 0:
-        alone = collate(rows[:count])
-        lengths = alone["kl_completion_lengths"]
-        assert batch["kl_completion_lengths"][:count] == lengths
-        paired = batch["kl_completion_ids"][: sum(lengths)]
-        assert paired.tolist() == alone["kl_completion_ids"].tolist()
-    assert batch["input_ids"].tolist() == collate(rows)["input_ids"].tolist()
-
-
-def test_first_rows_stay_within_max_length() -> None:
-    rows = [
-        {"prompt_ids": [1] * 9, "completion_ids": [2], "label": True, "row": 0},
-        {"prompt_ids": [1], "completion_ids": [3] * 20, "label": True, "row": 1},
-        {"prompt_ids": [1], "completion_ids": [4], "label": True, "row": 2},
-    ]
-    batch = pair_first_rows(KTOCollator(max_length=12)(rows), 2, 12)
-    assert batch["kl_completion_lengths"][0] == 3
-    assert batch["kl_completion_ids"][:3].tolist() == [3, 3, 3]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import trl
 from transformers import TrainerState
 from trl.scripts.utils import ScriptArguments
@@ -20,7 +21,7 @@ from fastkto.cli.console import CommandError, mistakes
 from fastkto.cli.parser import TrainParser
 from fastkto.cli.preflight import check, resume_from
 from fastkto.cli.train import peft_config
-from fastkto.passes import Sequences, plan_passes
+from fastkto.data.batch import split_rows
 from tests.cli_files import Row, read_logs, save_model, write_rows
 
 GOOD: Row = {"prompt": "a:", "completion": " b", "label": True}
@@ -226,9 +227,9 @@ def test_only_deliberate_errors_become_sentences() -> None:
         fastkto.KTOConfig("unused", beta=-1.0)
     with pytest.raises(ValueError, match="invalid literal"), mistakes():
         int("x")
-    with pytest.raises(ValueError, match="argument 2 is longer"), mistakes():
+    with pytest.raises(ValueError, match="argument 2 is shorter"), mistakes():
         # raised inside fastkto's code, but not by a `raise`: a defect
-        _ = Sequences(plan_passes([], 1), [1], [1, 2]).lengths  # type: ignore[arg-type]
+        split_rows({"input_ids": torch.zeros(1), "prompt_lengths": [1], "completion_lengths": []})
     with pytest.raises(CommandError, match="about it: invalid literal"):
         with mistakes(ValueError, about="about it"):
             int("x")

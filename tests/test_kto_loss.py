@@ -246,7 +246,7 @@ def test_any_rows_equal_fp64(
         ({"desirable_weight": -1.0}, ValueError, "desirable_weight is -1.0"),
         ({"undesirable_weight": float("inf")}, ValueError, "undesirable_weight is inf"),
         ({"sft_weight": -1.0}, ValueError, "sft_weight is -1.0"),
-        ({"num_rows": 0}, ValueError, "num_rows is 0; expected at least 1"),
+        ({"num_rows": 0}, ValueError, "num_rows is 0; expected a positive"),
         ({"loss_type": "dpo"}, ValueError, "loss_type is 'dpo'; expected one of kto, apo_zero"),
         ({"backend": "cuda"}, ValueError, "backend is 'cuda'; expected one of auto, triton, torch"),
     ],

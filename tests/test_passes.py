@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from fastkto import KTOConfig, KTOTrainer
+from fastkto.data.batch import TokenSequence, matched_sequences
 from fastkto.head import attach_scoring
+from fastkto.packing import PackingCheck, choose_layout
 from fastkto.passes import (
-    Sequences,
+    Layout,
     build_pass,
-    matched_sequences,
-    mismatched_sequences,
+    computed_tokens,
+    plan_lengths,
     plan_passes,
     run_pass,
     sequence_logprobs,
@@ -27,100 +30,133 @@ from fastkto.passes import (
 from tests.models import FAMILIES, tiny_model, tiny_tokenizer
 from tests.trl_runs import text_rows
 
+LENGTH_LISTS = st.lists(st.integers(1, 50), max_size=20)
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 120))
-def test_plan_holds_each_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    plan = plan_passes(lengths, budget)
+
+@given(LENGTH_LISTS, st.integers(1, 120), st.sampled_from(Layout))
+def test_plan_holds_each_sequence_once_within_the_budget(
+    lengths: list[int], budget: int, layout: Layout
+) -> None:
+    plan = plan_lengths(lengths, budget, layout)
     assert sorted(row for rows in plan for row in rows) == list(range(len(lengths)))
+    sizes = []
     for rows in plan:
-        longest = max(lengths[row] for row in rows)
-        assert len(rows) == 1 or len(rows) * longest <= budget
-    firsts = [lengths[rows[0]] for rows in plan]
-    assert firsts == sorted(firsts, reverse=True)
+        inside = [lengths[row] for row in rows]
+        sizes.append(sum(inside) if layout is Layout.PACKED else len(rows) * max(inside))
+        assert len(rows) == 1 or sizes[-1] <= budget
+        assert layout is not Layout.ALONE or len(rows) == 1
+        assert layout is not Layout.PADDED or min(inside) >= 0.9 * max(inside)
+    if layout is Layout.PACKED:  # the largest pass first, so that later ones fit in its memory
+        assert sizes == sorted(sizes, reverse=True)
+        # and no two passes that would fit into one
+        assert all(a + b > budget for a, b in itertools.combinations(sizes, 2))
 
 
-def test_plan_of_nothing_is_empty() -> None:
-    assert plan_passes([], 100) == []
-
-
-def ragged(lengths: list[tuple[int, int]], seed: int = 0) -> Sequences:
+def sequences_of(
+    lengths: list[tuple[int, int]], *, shared: bool = False, seed: int = 0
+) -> list[TokenSequence]:
+    """Sequences of random tokens; `shared`: those with prompts of one length have one prompt."""
     generator = torch.Generator().manual_seed(seed)
-    total = sum(prompt + completion for prompt, completion in lengths)
-    return Sequences(
-        input_ids=torch.randint(4, 100, (total,), generator=generator),
-        prompt_lengths=[prompt for prompt, _ in lengths],
-        completion_lengths=[completion for _, completion in lengths],
-    )
+
+    def tokens(count: int) -> torch.Tensor:
+        return torch.randint(4, 100, (count,), generator=generator)
+
+    prompts = {length: tokens(length) for length, _ in lengths}
+    return [
+        TokenSequence(prompts[p], tokens(c), p)
+        if shared
+        else TokenSequence(tokens(p), tokens(c), row)
+        for row, (p, c) in enumerate(lengths)
+    ]
 
 
-def logits_truth(model: torch.nn.Module, sequences: Sequences) -> list[torch.Tensor]:
-    """Per-token log-probabilities of each completion, from fp64 logits of unpadded sequences."""
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=12),
+    st.integers(1, 40),
+)
+def test_shared_prompts_are_read_once_within_the_budget(
+    lengths: list[tuple[int, int]], budget: int
+) -> None:
+    sequences = sequences_of(lengths, shared=True)
+    plan = plan_passes(sequences, budget, Layout.PACKED, share_prompts=True)
+    assert sorted(row for p in plan for group in p for row in group) == list(range(len(lengths)))
+    for groups in plan:
+        assert all(len({sequences[row].prompt_key for row in group}) == 1 for group in groups)
+        pass_ = build_pass(sequences, groups, Layout.PACKED)
+        tokens = computed_tokens(sequences, groups, Layout.PACKED)
+        assert pass_.input_ids.numel() == tokens == len(pass_.real_tokens)
+        assert tokens <= budget or groups == [[groups[0][0]]]
+    unlimited = plan_passes(sequences, 10**6, Layout.PACKED, share_prompts=True)
+    keys = [sequences[group[0]].prompt_key for group in unlimited[0] if group]
+    long_keys = [key for key in keys if key > 0]  # an empty prompt has nothing to share
+    assert len(long_keys) == len(set(long_keys))
+
+
+def logits_truth(model: torch.nn.Module, sequences: list[TokenSequence]) -> list[torch.Tensor]:
+    """Per-token log-probabilities of each completion, from fp64 logits of lone sequences."""
     model = copy.deepcopy(model)
     if not hasattr(model.config, "num_experts_per_tok"):  # grouped matmuls know no fp64
         model = model.double()
     truth = []
-    pieces = torch.split(sequences.input_ids, sequences.lengths)
-    for ids, prompt in zip(pieces, sequences.prompt_lengths, strict=True):
+    for prompt, completion, _ in sequences:
+        ids = torch.cat([prompt, completion])
         logprob = model(input_ids=ids[None]).logits[0, :-1].double().log_softmax(-1)
         logprob = logprob.gather(1, ids[1:, None])[:, 0]
-        truth.append(logprob[max(prompt - 1, 0) :].detach())
+        truth.append(logprob[max(len(prompt) - 1, 0) :].detach())
     return truth
 
 
-# An empty prompt leaves a completion's first token unscored, as it has nothing to follow.
-LENGTHS = [(3, 5), (9, 1), (1, 7), (0, 4), (6, 6), (2, 14)]
+# An empty prompt leaves a completion's first token unscored, as it has nothing to follow. Some
+# sequences are longer than the sliding windows of the families that have one.
+LENGTHS = [(3, 5), (9, 1), (1, 7), (0, 4), (6, 6), (3, 14), (9, 12), (0, 2), (3, 1)]
 
 
+def choose(model: torch.nn.Module) -> PackingCheck:
+    generator = torch.Generator().manual_seed(9)
+    return choose_layout(
+        model, [torch.randint(4, 100, (n,), generator=generator) for n in (40, 30)]
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["apart", "shared"])
+@pytest.mark.parametrize("attention", ["default", "eager"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_padded_pass_equals_separate_forwards(family: str) -> None:
-    model = tiny_model(family, seed=1).eval()
-    sequences = ragged(LENGTHS)
+def test_any_pass_equals_separate_forwards(family: str, attention: str, shared: bool) -> None:
+    kwargs = {} if attention == "default" else {"attn_implementation": attention}
+    model = tiny_model(family, seed=1, **kwargs).eval()
+    sequences = sequences_of(LENGTHS, shared=shared)
     truth = logits_truth(model, sequences)
     attach_scoring(model)
-    with torch.no_grad():
-        pass_ = build_pass(sequences, range(len(LENGTHS)))
-        scores = run_pass(model, pass_)
-    for row, (start, end) in enumerate(zip(pass_.offsets[:-1], pass_.offsets[1:], strict=True)):
-        torch.testing.assert_close(
-            scores.logprob[start:end].double(), truth[row], rtol=1e-4, atol=1e-4
-        )
+    best = choose(model).layout
+    assert (best is Layout.PACKED) == (family != "falcon_h1")
+    for layout in {best, Layout.PADDED}:
+        plan = plan_passes(sequences, 10**6, layout, share_prompts=shared)
+        for groups in plan:
+            with torch.no_grad():
+                pass_ = build_pass(sequences, groups, layout)
+                scores = run_pass(model, pass_)
+            bounds = pass_.offsets.tolist()
+            for index, row in enumerate(pass_.rows.tolist()):
+                start, end = bounds[index : index + 2]
+                assert set(pass_.sequence[start:end].tolist()) <= {index}
+                torch.testing.assert_close(
+                    scores.logprob[start:end].double(), truth[row], rtol=1e-4, atol=1e-4
+                )
 
 
+@pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("budget", [1, 16, 40, 1000])
-def test_sequence_logprobs_do_not_depend_on_the_budget(budget: int) -> None:
+def test_sequence_logprobs_do_not_depend_on_the_plan(budget: int, layout: Layout) -> None:
     model = tiny_model("llama", seed=1).eval()
-    sequences = ragged(LENGTHS)
+    sequences = sequences_of(LENGTHS, shared=True)
     truth = torch.stack([logprob.sum() for logprob in logits_truth(model, sequences)])
     attach_scoring(model)
-    actual = sequence_logprobs(model, sequences, budget)
-    assert actual.dtype == torch.float64
-    torch.testing.assert_close(actual, truth, rtol=1e-5, atol=1e-5)
-
-
-def test_mismatched_sequences_join_prompt_and_paired_completion() -> None:
-    batch = {
-        "input_ids": torch.tensor([1, 2, 3, 4, 5, 6]),
-        "prompt_lengths": [2, 1],
-        "completion_lengths": [1, 2],
-        "kl_completion_ids": torch.tensor([5, 6, 3]),
-        "kl_completion_lengths": [2, 1],
-    }
-    assert matched_sequences(batch).lengths == [3, 3]
-    mismatched = mismatched_sequences(batch)
-    assert mismatched.input_ids.tolist() == [1, 2, 5, 6, 4, 3]
-    assert mismatched.prompt_lengths == [2, 1]
-    assert mismatched.completion_lengths == [2, 1]
-
-
-def test_lone_row_has_no_mismatched_sequence() -> None:
-    batch = {
-        "input_ids": torch.tensor([1, 2, 3]),
-        "prompt_lengths": [2],
-        "completion_lengths": [1],
-        "kl_completion_ids": torch.tensor([], dtype=torch.int64),
-        "kl_completion_lengths": [0],
-    }
-    assert mismatched_sequences(batch).lengths == []
+    choose(model)
+    for share in (False, True):
+        plan = plan_passes(sequences, budget, layout, share_prompts=share)
+        actual = sequence_logprobs(model, sequences, plan, layout)
+        assert actual.dtype == torch.float64
+        torch.testing.assert_close(actual, truth, rtol=1e-5, atol=1e-5)
 
 
 class Gradients(TrainerCallback):
@@ -142,29 +178,31 @@ def one_step(directory: Path, budget: int, model: Any, **config: Any) -> tuple[d
     gradients = Gradients()
     peft_config = config.pop("peft_config", None)
     config.setdefault("gradient_checkpointing", False)
+    args = KTOConfig(
+        output_dir=str(directory),
+        max_tokens_per_pass=budget,
+        per_device_train_batch_size=6,
+        max_steps=1,
+        logging_steps=1,
+        optim="sgd",
+        max_grad_norm=0.0,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        **config,
+    )
     trainer = KTOTrainer(
         model=copy.deepcopy(model),
         ref_model=None if peft_config else tiny_model(model.config.model_type, seed=8),
-        args=KTOConfig(
-            output_dir=str(directory),
-            max_tokens_per_pass=budget,
-            per_device_train_batch_size=6,
-            max_steps=1,
-            logging_steps=1,
-            optim="sgd",
-            max_grad_norm=0.0,
-            report_to="none",
-            save_strategy="no",
-            use_cpu=True,
-            **config,
-        ),
+        args=args,
         train_dataset=text_rows(12),
         processing_class=tiny_tokenizer(),
         callbacks=[gradients],
         peft_config=copy.deepcopy(peft_config),
     )
     batch = next(iter(trainer.get_train_dataloader()))
-    passes = len(plan_passes(matched_sequences(batch).lengths, budget))
+    lengths = [sequence.length for sequence in matched_sequences(batch, args.max_length)]
+    passes = len(plan_lengths(lengths, budget, Layout.PACKED))
     trainer.train()
     return gradients.values, trainer.state.log_history[0], passes
 
@@ -229,13 +267,15 @@ class SavedTensor:
 
 @pytest.mark.parametrize("batch_size", [8, 32])
 def test_activations_follow_the_budget_and_not_the_batch(batch_size: int, tmp_path: Path) -> None:
+    budget = 70 + 44  # of the first four rows, the longest and one that fits beside it
+
     def peak(rows: int) -> int:
         trainer = KTOTrainer(
             model=tiny_model("llama", seed=1),
             ref_model=tiny_model("llama", seed=8),
             args=KTOConfig(
                 output_dir=str(tmp_path),
-                max_tokens_per_pass=120,
+                max_tokens_per_pass=budget,
                 per_device_train_batch_size=rows,
                 gradient_checkpointing=False,
                 report_to="none",
@@ -244,6 +284,9 @@ def test_activations_follow_the_budget_and_not_the_batch(batch_size: int, tmp_pa
             train_dataset=text_rows(8).select([0, 1, 2, 3, 4, 5, 6, 7] * 4),
             processing_class=tiny_tokenizer(),
         )
+        lengths = trainer.train_dataset["length"][:4]
+        assert max(lengths) == max(trainer.train_dataset["length"]) and sum(lengths) > budget
+        assert budget in (a + b for a, b in itertools.combinations(lengths, 2))
         batch = next(iter(trainer.get_train_dataloader()))
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
@@ -254,7 +297,7 @@ def test_activations_follow_the_budget_and_not_the_batch(batch_size: int, tmp_pa
         assert saved.now == 0
         return saved.peak
 
-    smallest = peak(4)  # it holds the longest row, and takes more than one pass already
+    smallest = peak(4)  # it holds the longest row, and takes two passes, the first of them full
     assert peak(batch_size) <= 1.1 * smallest
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.cli.summary import describe_run, look_at_batches, precision, precision_warnings
-from fastkto.passes import plan_passes
+from fastkto.passes import Layout, plan_lengths
 from tests.models import tiny_model, tiny_tokenizer
 
 BATCH = 4
@@ -60,7 +60,9 @@ def test_batches_are_those_of_the_run(tmp_path: Path, strategy: str) -> None:
     one_class = [len(set(labels)) == 1 for labels, _ in trainer.seen]
     assert batches.per_epoch == batches.looked_at == len(one_class) == 6
     assert batches.one_class == pytest.approx(sum(one_class) / 6)
-    assert batches.passes == [len(plan_passes(lengths, 20)) for _, lengths in trainer.seen]
+    assert batches.passes == [
+        len(plan_lengths(lengths, 20, Layout.PACKED)) for _, lengths in trainer.seen
+    ]
     assert max(batches.passes) >= 3
 
 

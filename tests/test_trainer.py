@@ -657,7 +657,7 @@ def test_defaults_are_those_of_trl(tmp_path: Path) -> None:
 
     ours = KTOConfig(output_dir=str(tmp_path), use_cpu=True)
     theirs = trl.KTOConfig(output_dir=str(tmp_path), use_cpu=True)
-    own = {"max_tokens_per_pass", "head", "backend", "head_memory_mib"}
+    own = {"max_tokens_per_pass", "kl_scope", "kl_pairing", "head", "backend", "head_memory_mib"}
     for name in set(ours.__dataclass_fields__) - own - {"logging_dir"}:
         if hasattr(theirs, name) and name != "bf16":
             assert getattr(ours, name) == getattr(theirs, name), name
@@ -666,6 +666,5 @@ def test_defaults_are_those_of_trl(tmp_path: Path) -> None:
 
 
 def test_collator_is_the_default_one(tmp_path: Path) -> None:
-    assert trainer(tmp_path).data_collator == KTOCollator(1024, needs_kl=True)
-    run = trainer(tmp_path, loss_type="apo_zero_unpaired", max_length=30)
-    assert run.data_collator == KTOCollator(30, needs_kl=False)
+    assert trainer(tmp_path).data_collator == KTOCollator(1024)
+    assert trainer(tmp_path, max_length=30).data_collator == KTOCollator(30)

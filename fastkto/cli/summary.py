@@ -16,7 +16,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from fastkto.backend import choose_backend
 from fastkto.config import KTOConfig
-from fastkto.passes import plan_passes
+from fastkto.packing import expected_layout
+from fastkto.passes import plan_lengths
 from fastkto.trainer import KTOTrainer
 
 # Device batches that are looked at; more would delay the start of a long run.
@@ -74,6 +75,7 @@ def look_at_batches(trainer: KTOTrainer) -> BatchFacts:
     columns = trainer.train_dataset.with_format("numpy", columns=["label", "length"])[:]
     label, length = columns["label"], columns["length"]
     max_tokens = trainer.step_settings.args.max_tokens_per_pass
+    layout = expected_layout(trainer.model).layout
     one_class, passes = 0, []
     cuda = [torch.cuda.current_device()] if trainer.args.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):  # the run draws its order afresh
@@ -81,7 +83,7 @@ def look_at_batches(trainer: KTOTrainer) -> BatchFacts:
         assert dataloader.batch_sampler is not None  # Trainer's always have one
         for rows in dataloader.batch_sampler:
             one_class += int(label[rows].all() or not label[rows].any())
-            passes.append(len(plan_passes(length[rows].tolist(), max_tokens)))
+            passes.append(len(plan_lengths(length[rows].tolist(), max_tokens, layout)))
             if len(passes) == LOOKED_AT:
                 break
     desirable, size = label.mean(), trainer.args.train_batch_size

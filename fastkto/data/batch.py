@@ -1,16 +1,20 @@
-"""Ragged batches: the collator, which also pairs rows for the KL estimate, and a check for others.
+"""Ragged batches: the collator, a check for those of others, and the sequences rows are scored as.
 
-Dimensions: `B` rows, `S` tokens of all matched sequences, `K` tokens of all paired completions.
+Dimensions: `B` rows, `S` tokens of all prompts and completions.
 """
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-_KEYS = ("label", "input_ids", "rows", "prompt_lengths", "completion_lengths")
-_KL_KEYS = ("kl_completion_ids", "kl_completion_lengths")
+_TENSORS = {"label": torch.bool, "input_ids": torch.int64}
+_LISTS = ("rows", "prompt_lengths", "completion_lengths", "prompt_keys")
 _ROW_COLUMNS = ("prompt_ids", "completion_ids", "label", "row")
 
 
@@ -18,61 +22,53 @@ _ROW_COLUMNS = ("prompt_ids", "completion_ids", "label", "row")
 class KTOCollator:
     """Rows of `prepare_rows` to one ragged batch, without padding.
 
-    Sequences longer than `max_length` (None: any length) lose their end. With `needs_kl`, row i is
-    paired with the completion of row i - 1, and row 0 with that of the last row, as TRL 1.16 pairs
-    them when it maps its data set: `(x_1, y_n), (x_2, y_1), ...`. Here the pairs are made anew in
-    every batch, so rows may come in any order. A row alone in its batch has no partner.
-
     The batch is a dict:
         label: [B] bool
-        input_ids: [S] int64, each row's prompt and completion, row after row
-        kl_completion_ids: [K] int64, each row's paired completion, cut so that it fits behind the
-            row's prompt; only with `needs_kl`
+        input_ids: [S] int64, each row's prompt and completion, row after row; a completion has at
+            most `max_length` tokens (None: any number), and is cut to what fits behind a prompt
+            only when it is scored, since it is scored behind its own and behind another
         rows: the user's row numbers
-        prompt_lengths, completion_lengths, kl_completion_lengths: tokens of each row; the last is
-            0 for a row without a partner
-    Lists of integers stay on the CPU when the batch moves to a device, so that passes are planned
-    without waiting for the device. `label` comes first: accelerate reads the batch size from it.
+        prompt_lengths, completion_lengths: tokens of each row
+        prompt_keys: `prompt_key` of each row's prompt
+    Lists of integers stay on the CPU when the batch moves to a device, so that rows are paired and
+    passes planned without waiting for the device. `label` comes first: accelerate reads the batch
+    size from it.
     """
 
     max_length: int | None
-    needs_kl: bool = True
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}; it must be 1 or more, or None")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        _check_rows(rows, self.max_length)
+        for row in rows:
+            if missing := [column for column in _ROW_COLUMNS if column not in row]:
+                raise ValueError(
+                    f"a row has no {', '.join(missing)}; it has {', '.join(row) or 'no columns'}; "
+                    "pass the data set through fastkto.data.rows.prepare_rows first"
+                )
         prompts = [row["prompt_ids"] for row in rows]
-        completions = [row["completion_ids"] for row in rows]
-        own = [self._cut(*pair) for pair in zip(prompts, completions, strict=True)]
-        paired: list[list[int]] = [[] for _ in rows]
-        if self.needs_kl and len(rows) > 1:
-            rotated = [completions[-1], *completions[:-1]]
-            paired = [self._cut(*pair) for pair in zip(prompts, rotated, strict=True)]
-        matched = [ids for pair in zip(prompts, own, strict=True) for ids in pair]
+        completions = [row["completion_ids"][: self.max_length] for row in rows]
         batch = {
             "label": torch.tensor([row["label"] for row in rows], dtype=torch.bool),
-            "input_ids": _flatten(matched),
-            "kl_completion_ids": _flatten(paired),
+            "input_ids": _flatten([*chain(*zip(prompts, completions, strict=True))]),
             "rows": [row["row"] for row in rows],
             "prompt_lengths": [len(ids) for ids in prompts],
-            "completion_lengths": [len(ids) for ids in own],
-            "kl_completion_lengths": [len(ids) for ids in paired],
+            "completion_lengths": [len(ids) for ids in completions],
+            "prompt_keys": [prompt_key(ids) for ids in prompts],
         }
-        if not self.needs_kl:
-            del batch["kl_completion_ids"]
+        _check_lengths(batch, self.max_length)
         return batch
 
-    def _cut(self, prompt_ids: list[int], completion_ids: list[int]) -> list[int]:
-        """What of a completion fits behind a prompt."""
-        if self.max_length is None:
-            return completion_ids
-        return completion_ids[: self.max_length - len(prompt_ids)]
+
+def prompt_key(prompt_ids: Sequence[int]) -> int:
+    """A number of 63 bits that stands for a prompt, the same in every process and run."""
+    digest = hashlib.blake2b(array("q", prompt_ids).tobytes(), digest_size=8, usedforsecurity=False)
+    return int.from_bytes(digest.digest(), "big") >> 1
 
 
-def check_batch(batch: Any, *, needs_kl: bool = True) -> None:
+def check_batch(batch: Any, max_length: int | None) -> None:
     """Raise TypeError or ValueError if a batch is not laid out as those of `KTOCollator`.
 
     For batches of other collators. Looks at types and sizes only, so nothing waits for the device.
@@ -80,84 +76,102 @@ def check_batch(batch: Any, *, needs_kl: bool = True) -> None:
     remedy = "use fastkto.data.batch.KTOCollator, or have your data_collator return what it returns"
     if not isinstance(batch, dict):
         raise TypeError(f"the batch is a {type(batch).__name__}, expected a dict; {remedy}")
-    wanted = (*_KEYS, *_KL_KEYS) if needs_kl else _KEYS
-    if missing := [key for key in wanted if key not in batch]:
+    if missing := [key for key in (*_TENSORS, *_LISTS) if key not in batch]:
         raise ValueError(
             f"the batch has no {', '.join(missing)}; it has {', '.join(map(str, batch))}; {remedy}"
         )
-    for key in wanted:
-        value, is_ids = batch[key], key.endswith("_ids")
-        if key == "label" or is_ids:
-            dtype = torch.int64 if is_ids else torch.bool
-            if not isinstance(value, torch.Tensor) or value.ndim != 1 or value.dtype != dtype:
-                raise ValueError(
-                    f"{key} is {_describe(value)}, expected one row of {dtype}; {remedy}"
-                )
-        elif not isinstance(value, list) or not all(type(number) is int for number in value):
+    for key, dtype in _TENSORS.items():
+        value = batch[key]
+        if not isinstance(value, Tensor) or value.ndim != 1 or value.dtype != dtype:
+            raise ValueError(f"{key} is {_describe(value)}, expected one row of {dtype}; {remedy}")
+    for key in _LISTS:
+        value = batch[key]
+        if not isinstance(value, list) or not all(type(number) is int for number in value):
             raise ValueError(f"{key} is {_describe(value)}, expected a list of int; {remedy}")
-        elif len(value) != len(batch["label"]):
+        if len(value) != len(batch["label"]):
             raise ValueError(
                 f"{key} has {len(value)} entries for {len(batch['label'])} labels; {remedy}"
             )
-    sums: dict[str, tuple[str, ...]] = {"input_ids": ("prompt_lengths", "completion_lengths")}
-    if needs_kl:
-        sums["kl_completion_ids"] = ("kl_completion_lengths",)
-    for key, lengths in sums.items():
-        total = sum(sum(batch[name]) for name in lengths)
-        if total != len(batch[key]):
+    total, tokens = sum(_alternating_lengths(batch)), len(batch["input_ids"])
+    if total != tokens:
+        raise ValueError(
+            f"input_ids has {tokens} tokens, but prompt_lengths and completion_lengths add up to "
+            f"{total}; {remedy}"
+        )
+    _check_lengths(batch, max_length)
+
+
+def _check_lengths(batch: dict[str, Any], max_length: int | None) -> None:
+    """Every row has a completion, and room for a token of it behind its prompt."""
+    lengths = zip(batch["prompt_lengths"], batch["completion_lengths"], strict=True)
+    for row, (prompt, completion) in zip(batch["rows"], lengths, strict=True):
+        if prompt < 0 or completion < 1 or (max_length is not None and prompt >= max_length):
             raise ValueError(
-                f"{key} has {len(batch[key])} tokens, but {' and '.join(lengths)} add up to "
-                f"{total}; {remedy}"
+                f"row {row} has {prompt} prompt and {completion} completion tokens, which leaves "
+                f"no completion within max_length={max_length}; prepare the data set with the "
+                "same max_length"
             )
 
 
-def _check_rows(rows: Sequence[dict[str, Any]], max_length: int | None) -> None:
-    for row in rows:
-        if missing := [column for column in _ROW_COLUMNS if column not in row]:
-            raise ValueError(
-                f"a row has no {', '.join(missing)}; it has {', '.join(row) or 'no columns'}; pass "
-                "the data set through fastkto.data.rows.prepare_rows first"
-            )
-        room = 1 if max_length is None else max_length - len(row["prompt_ids"])
-        if room < 1 or not row["completion_ids"]:
-            raise ValueError(
-                f"row {row['row']} has {len(row['prompt_ids'])} prompt and "
-                f"{len(row['completion_ids'])} completion tokens, which leaves no completion "
-                f"within max_length={max_length}; prepare the data set with the same max_length"
-            )
-
-
-def _flatten(sequences: list[list[int]]) -> torch.Tensor:
+def _flatten(sequences: list[list[int]]) -> Tensor:
     """The sequences one after the other, `[S]` int64."""
     return torch.tensor([token for ids in sequences for token in ids], dtype=torch.int64)
 
 
 def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     return f"a {type(value).__name__}"
 
 
-def pair_first_rows(batch: dict[str, Any], count: int, max_length: int | None) -> dict[str, Any]:
-    """The batch with its first `count` rows paired among themselves, as if there were no others.
+class TokenSequence(NamedTuple):
+    """A prompt and the completion that is scored behind it; views of a batch where it is local."""
 
-    All of these but row 0 have a partner among them already; row 0 gets the last one's completion,
-    or none if it is the only one. That completion is as its own row has it: what `max_length` cut
-    off there stays cut. The rows after them are left as they are.
-    """
-    if count in (0, len(batch["rows"])) or "kl_completion_ids" not in batch:
-        return batch
-    prompts, completions = batch["prompt_lengths"], batch["completion_lengths"]
-    end = sum(prompts[:count]) + sum(completions[:count])
-    partner = batch["input_ids"][end - completions[count - 1] : end]
+    prompt: Tensor  # int64, may be empty
+    completion: Tensor  # int64, at least one token, cut to what fits behind the prompt
+    prompt_key: int  # equal for equal prompts
+
+    @property
+    def length(self) -> int:
+        """Tokens of both."""
+        return len(self.prompt) + len(self.completion)
+
+
+def matched_sequences(batch: dict[str, Any], max_length: int | None) -> list[TokenSequence]:
+    """Each row's prompt with its own completion: `B` sequences of at most `max_length` tokens."""
+    return [
+        _form(prompt, completion, key, max_length)
+        for (prompt, completion), key in zip(split_rows(batch), batch["prompt_keys"], strict=True)
+    ]
+
+
+def mismatched_sequences(
+    batch: dict[str, Any], partners: Sequence[Tensor | None], max_length: int | None
+) -> list[TokenSequence | None]:
+    """Each row's prompt with its partner's completion, as `pair_window` gives it; None without."""
+    rows = zip(split_rows(batch), partners, batch["prompt_keys"], strict=True)
+    return [
+        None if partner is None else _form(prompt, partner, key, max_length)
+        for (prompt, _), partner, key in rows
+    ]
+
+
+def split_rows(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Each row's prompt and its completion, not cut to fit behind any prompt; views."""
+    pieces = torch.split(batch["input_ids"], _alternating_lengths(batch))
+    return list(zip(pieces[::2], pieces[1::2], strict=True))
+
+
+def _alternating_lengths(batch: dict[str, Any]) -> list[int]:
+    return [*chain(*zip(batch["prompt_lengths"], batch["completion_lengths"], strict=True))]
+
+
+def _form(
+    prompt: Tensor, completion: Tensor, prompt_key: int, max_length: int | None
+) -> TokenSequence:
     if max_length is not None:
-        partner = partner[: max_length - prompts[0]]
-    if count == 1:
-        partner = partner[:0]
-    lengths = batch["kl_completion_lengths"]
-    rest = batch["kl_completion_ids"][lengths[0] :]
-    return {
-        **batch,
-        "kl_completion_ids": torch.cat([partner, rest]),
-        "kl_completion_lengths": [len(partner), *lengths[1:]],
-    }
+        # A negative end would cut elsewhere; check_batch has refused prompts that leave no room.
+        assert len(prompt) < max_length, (len(prompt), max_length)
+        completion = completion[: max_length - len(prompt)]
+    assert len(completion) > 0
+    return TokenSequence(prompt, completion, prompt_key)

@@ -1,0 +1,181 @@
+"""Variable-length attention in Hugging Face models: passes without padding, prompts read once.
+
+transformers asks `AttentionInterface` for the function behind `config._attn_implementation` and
+hands it whatever keyword arguments the model was called with. `enable_segments` puts functions
+there that are transformers' own, unless a call has `segments`: then they attend within those.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import varlen
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastkto.segments import Segments
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+# Each family has its own "eager" function, which has no entry in AttentionInterface.
+SEGMENTED_EAGER = "fastkto_eager"
+_VARLEN_ARGUMENTS = inspect.signature(varlen.varlen_attn).parameters
+
+
+def enable_segments(model: PreTrainedModel) -> None:
+    """Let the attention layers of `model` take `segments`; other calls stay what they are.
+
+    Whether all layers heed them is for `fastkto.packing` to find out.
+    """
+    config = model.config.get_text_config()
+    name = config._attn_implementation
+    if name == "eager":
+        AttentionInterface.register(SEGMENTED_EAGER, attend_eager)
+        AttentionMaskInterface.register(SEGMENTED_EAGER, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+        config._attn_implementation_internal = SEGMENTED_EAGER
+        return
+    own = ALL_ATTENTION_FUNCTIONS.get(name)
+    if own is not None and not is_segmented(own):
+        AttentionInterface.register(name, segmented(own, name))
+
+
+def disable_segments(model: PreTrainedModel) -> None:
+    """Give `model` back the attention it was loaded with."""
+    model.config.get_text_config()._attn_implementation_internal = own_attention(model)
+
+
+def own_attention(model: PreTrainedModel) -> str:
+    """The name of the attention that `model` was loaded with."""
+    name = model.config.get_text_config()._attn_implementation
+    return "eager" if name == SEGMENTED_EAGER else name
+
+
+def segmented(own: Attention, name: str) -> Attention:
+    """transformers' function `own`, registered as `name`, which also takes `segments`."""
+    attend = {"sdpa": _attend_sdpa, "flex_attention": _attend_flex}.get(name, _attend_flash)
+
+    def attention(
+        module: nn.Module, *args: Any, segments: Segments | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if segments is None:
+            return own(module, *args, **kwargs)
+        segments.windows_seen.append(kwargs.get("sliding_window"))
+        query, key, value = args[:3]
+        return attend(partial(own, module), query, key, value, segments, **kwargs), None
+
+    attention.is_segmented = True  # type: ignore[attr-defined]
+    return attention
+
+
+def is_segmented(function: Attention) -> bool:
+    """Whether `function` comes from `segmented`."""
+    return getattr(function, "is_segmented", False)
+
+
+def attend_eager(
+    module: nn.Module, *args: Any, segments: Segments | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The family's attention in plain PyTorch, on each segment if there are any."""
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if own is None:
+        raise NotImplementedError(
+            f"{type(module).__name__} has no eager_attention_forward beside it, which "
+            'attn_implementation="eager" needs here; load the model with another one'
+        )
+    if segments is None:
+        return own(module, *args, **kwargs)
+    query, key, value = args[:3]
+    window = kwargs.pop("sliding_window", None)
+    segments.windows_seen.append(window)
+    outputs = []
+    for part in segments.parts(window, always_masked=True):
+        attends = part.mask(query.device)
+        assert attends is not None
+        bias = torch.zeros(attends.shape, dtype=query.dtype, device=query.device)
+        bias.masked_fill_(~attends, torch.finfo(query.dtype).min)
+        states = part.queries(query), part.keys(key), part.keys(value)
+        outputs.append(own(module, *states, bias, **kwargs)[0])
+    return torch.cat(outputs, 1), None
+
+
+def _attend_flash(
+    own: Attention, query: Tensor, key: Tensor, value: Tensor, segments: Segments, **kwargs: Any
+) -> Tensor:
+    """FlashAttention; given the segments, transformers reads nothing back from the device."""
+    kwargs["attention_mask"] = None
+    output, _ = own(
+        query,
+        segments.gather_keys(key),
+        segments.gather_keys(value),
+        cu_seq_lens_q=segments.queries_before,
+        cu_seq_lens_k=segments.keys_before,
+        max_length_q=segments.most_queries,
+        max_length_k=segments.most_keys,
+        **kwargs,
+    )
+    return output
+
+
+def _attend_flex(
+    own: Attention, query: Tensor, key: Tensor, value: Tensor, segments: Segments, **kwargs: Any
+) -> Tensor:
+    kwargs["attention_mask"] = segments.block_mask(kwargs.pop("sliding_window", None), query.device)
+    output, _ = own(query, key, value, **kwargs)
+    return output
+
+
+def _attend_sdpa(
+    own: Attention, query: Tensor, key: Tensor, value: Tensor, segments: Segments, **kwargs: Any
+) -> Tensor:
+    """PyTorch's varlen_attn where it can run, else scaled_dot_product_attention on each part."""
+    window = kwargs.pop("sliding_window", None)
+    if _has_varlen(query, value, kwargs.get("dropout", 0.0)):
+        return _attend_varlen(query, key, value, segments, kwargs.get("scaling"), window)
+    outputs = []
+    for part in segments.parts(window, always_masked=False):
+        mask = part.mask(query.device)
+        states = part.queries(query), part.keys(key), part.keys(value)
+        outputs.append(own(*states, mask, **kwargs)[0])
+    return torch.cat(outputs, 1)
+
+
+def _attend_varlen(
+    query: Tensor,  # [1, H, T, D]
+    key: Tensor,  # [1, H_kv, T, D]
+    value: Tensor,
+    segments: Segments,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    # Before PyTorch had this argument, grouped queries needed none.
+    has_groups = query.shape[1] != key.shape[1] and "enable_gqa" in _VARLEN_ARGUMENTS
+    options: dict[str, Any] = {"enable_gqa": True} if has_groups else {}
+    output: Any = varlen.varlen_attn(
+        query[0].transpose(0, 1),
+        segments.gather_keys(key)[0].transpose(0, 1),
+        segments.gather_keys(value)[0].transpose(0, 1),
+        segments.queries_before,
+        segments.keys_before,
+        segments.most_queries,
+        segments.most_keys,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        **options,
+    )
+    return output[None]
+
+
+def _has_varlen(query: Tensor, value: Tensor, dropout: float) -> bool:
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1] <= 256
+        and dropout == 0.0
+        and "window_size" in _VARLEN_ARGUMENTS
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )

@@ -1,0 +1,171 @@
+"""What the losses of one optimizer step need besides gradients.
+
+The weights do not change between the micro-batches of an optimizer step, so all its passes without
+gradient run at once, before the first loss: the reference on matched and mismatched sequences, the
+policy on mismatched ones, and a router's expert counts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from fastkto.data.batch import TokenSequence
+from fastkto.head_check import evaluating
+from fastkto.passes import (
+    Group,
+    Layout,
+    computed_tokens,
+    move_index,
+    plan_passes,
+    sequence_logprobs,
+)
+from fastkto.step import BatchLoss, StepSettings
+from fastkto.window import pair_window
+
+# A prompt that several completions share is read once where that saves this part of all tokens, and
+# so many tokens for each prompt. Short ones are not worth that the reference then reaches the same
+# scores by another path, so that equal weights give a KL estimate of 1e-6 where it is 0.
+_LEAST_SAVED = 0.1
+_LONG_PROMPT = 128
+
+
+def score_window(
+    settings: StepSettings,
+    batches: Sequence[dict[str, Any]],
+    accelerator: Accelerator,
+    *,
+    counted: Sequence[int] | None = None,
+    single_pass: bool = False,
+) -> list[BatchLoss]:
+    """The losses of this rank's micro-batches of one optimizer step, ready for their passes.
+
+    `counted` is as for `pair_window`. With `single_pass` each of them is one pass over all rows,
+    whatever its size.
+    """
+    args = settings.args
+    window = pair_window(
+        batches,
+        kl_scope=args.kl_scope,
+        kl_pairing=args.kl_pairing,
+        accelerator=accelerator,
+        counted=counted,
+    )
+    losses = []
+    for index, (batch, pairs) in enumerate(zip(batches, window.batches, strict=True)):
+        loss = BatchLoss(
+            settings, batch, pairs, len(batch["rows"]) if counted is None else counted[index]
+        )
+        if args.kl_scope == "window":
+            # The mean over micro-batches and ranks is then the mean over the window's rows.
+            loss.num_rows = window.num_rows / (len(batches) * accelerator.num_processes)
+        loss.plan = _plan_gradient(loss, single_pass)
+        losses.append(loss)
+    # Dropout would be noise, and gradient checkpointing only cost, where no gradient is needed.
+    with evaluating(settings.policy):
+        _score(settings, losses)
+        if settings.has_router:
+            _count_experts(losses)
+    return losses
+
+
+def _plan_gradient(loss: BatchLoss, single_pass: bool) -> list[list[Group]]:
+    args, layout = loss.settings.args, loss.settings.policy_layout
+    if single_pass:
+        plan = [[[row] for row in range(len(loss.matched))]]
+    else:
+        # A router's loss is over the tokens of all rows, so there each row has its own prompt.
+        share_prompts = not loss.settings.has_router
+        plan = plan_passes(
+            loss.matched, args.max_tokens_per_pass, layout, share_prompts=share_prompts
+        )
+    _count_tokens(loss, loss.matched, plan, layout)
+    return plan
+
+
+def _score(settings: StepSettings, losses: Sequence[BatchLoss]) -> None:
+    matched = [sequence for loss in losses for sequence in loss.matched]
+    mismatched = [sequence for loss in losses for sequence in loss.mismatched]
+    if not settings.args.needs_kl:
+        mismatched = []
+    with settings.reference.scoring(settings.policy) as reference:
+        layout, share = settings.reference_layout, _saves_tokens(settings, matched + mismatched)
+        # One plan for both, so that a prompt is read once; or the plan that the policy has for the
+        # mismatched ones, so that equal weights give equal bits, and a KL estimate of exactly 0.
+        sets = [matched + mismatched] if share else [matched, mismatched]
+        scores = [_logprobs(losses[0], reference, layout, one, share=share) for one in sets]
+    logprob = torch.cat(scores)[: len(matched)]
+    for loss, part in zip(losses, logprob.split([len(one.matched) for one in losses]), strict=True):
+        loss.reference_logprob = part
+    if settings.args.needs_kl:
+        policy_logprob = _logprobs(
+            losses[0], settings.policy, settings.policy_layout, mismatched, share=share
+        )
+        _estimate_kl(settings, losses, policy_logprob - torch.cat(scores)[len(matched) :])
+
+
+def _saves_tokens(settings: StepSettings, sequences: Sequence[TokenSequence]) -> bool:
+    """Whether reading shared prompts once is worth a plan of its own."""
+    if settings.reference_layout is not Layout.PACKED:
+        return False
+    plan = plan_passes(sequences, settings.no_grad_tokens, Layout.PACKED, share_prompts=True)
+    shared = [group for groups in plan for group in groups if len(group) > 1]
+    saved = [(len(group) - 1) * len(sequences[group[0]].prompt) for group in shared]
+    total = sum(sequence.length for sequence in sequences)
+    return sum(saved) >= max(_LEAST_SAVED * total, _LONG_PROMPT * len(shared), 1)
+
+
+def _logprobs(
+    loss: BatchLoss,
+    model: nn.Module,
+    layout: Layout,
+    sequences: list[TokenSequence],
+    *,
+    share: bool,
+) -> Tensor:
+    """Log-probability of each completion, [len(sequences)] fp64; counts the tokens in `loss`."""
+    settings = loss.settings
+    plan = plan_passes(sequences, settings.no_grad_tokens, layout, share_prompts=share)
+    _count_tokens(loss, sequences, plan, layout)
+    logprob = sequence_logprobs(model, sequences, plan, layout, backend=settings.args.backend)
+    return logprob.to(loss.is_desirable.device)
+
+
+def _count_tokens(
+    loss: BatchLoss,
+    sequences: Sequence[TokenSequence],
+    plan: Sequence[list[Group]],
+    layout: Layout,
+) -> None:
+    loss.add(
+        sequence_tokens=sum(sequence.length for sequence in sequences),
+        computed_tokens=sum(computed_tokens(sequences, groups, layout) for groups in plan),
+    )
+
+
+def _estimate_kl(settings: StepSettings, losses: Sequence[BatchLoss], log_ratio: Tensor) -> None:
+    """`max(0, mean log-ratio of the mismatched sequences)`, over the rows of all ranks.
+
+    In the scope "batch" those of one micro-batch, in the scope "window" those of all.
+    """
+    parts = log_ratio.split([len(loss.mismatched) for loss in losses])
+    table = []
+    for loss, part in zip(losses, parts, strict=True):
+        paired = move_index(torch.tensor(loss.paired_rows, dtype=torch.int64), part)
+        loss.finite[paired] &= torch.isfinite(part)
+        table.append(torch.stack([part.sum(), torch.full_like(part.sum(), len(part))]))
+    local = torch.stack(table)  # [micro-batches, 2]
+    if settings.args.kl_scope == "window":
+        local = local.sum(0).expand_as(local)
+    total = settings.reduce(local.clone())
+    for loss, (kl_sum, kl_rows), (all_sum, all_rows) in zip(losses, local, total, strict=True):
+        loss.add(kl_sum=kl_sum, kl_rows=kl_rows)
+        loss.kl = (all_sum / all_rows.clamp(min=1)).clamp(min=0)
+
+
+def _count_experts(losses: Sequence[BatchLoss]) -> None:
+    for loss in losses:
+        if len(loss.plan) > 1:
+            loss.expert_counts = torch.stack([loss.count_experts(p) for p in loss.plan]).sum(0)
