@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -149,3 +150,4 @@ if __name__ == "__main__":
         fastkto.window_scores.pair_window = pair_within_ranks
     for case in CASES:
         run(case, Path(sys.argv[1]) / case)
+    PartialState().destroy_process_group()

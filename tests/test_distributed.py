@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +10,17 @@ import pytest
 import torch
 
 from tests.distributed_run import CASES, WORLD_SIZE
+from tests.launch import launch
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "tests" / "distributed_run.py"
-
-
-def run(launcher: list[str], directory: Path) -> None:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), str(directory)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+SCRIPT = Path(__file__).parent / "distributed_run.py"
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every case as run by `one` process and by `two`."""
     directory = tmp_path_factory.mktemp("runs")
-    run([], directory / "one")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    run([*launcher, str(WORLD_SIZE)], directory / "two")
+    launch(SCRIPT, directory / "one")
+    launch(SCRIPT, directory / "two", processes=WORLD_SIZE)
     return directory
 
 
