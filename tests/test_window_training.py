@@ -1,4 +1,4 @@
-"""`kl_scope="window"`: a step's loss and gradients depend on its rows, not on how they are split."""
+"""`kl_scope="window"`: loss and gradients depend on a step's rows, not on how they are split."""
 
 from __future__ import annotations
 
