@@ -128,10 +128,9 @@ class Case:
     answer_length: int | None = None  # instead of the mix's answers: all rows have this many tokens
 
     def __str__(self) -> str:
-        parts = [self.mix, f"batch {self.batch}", self.tuning, f"reference {self.reference}"]
-        if self.checkpointing:
-            parts.append("checkpointing")
-        return ", ".join(parts)
+        """Its name in test ids, without spaces: pytest's -k selects by its parts."""
+        parts = [self.mix.replace(" ", "_"), f"batch{self.batch}", self.tuning, self.reference]
+        return "-".join(parts + ["checkpointing"] * self.checkpointing)
 
     @property
     def accumulation(self) -> int:

@@ -3,6 +3,7 @@
     python -m pytest benchmarks/test_step.py --benchmark-json RESULTS.json
     python -m benchmarks.step_report RESULTS.json --output docs
 
+`-k "batch8 and full and model and not checkpointing"` are the three headline cases, a mix each.
 The first step's losses are compared before anything is timed. Each library runs in a process of its
 own; on a CPU they take turns, TRL first. `STEP_ROUNDS=1` takes one step of each, the default is
 three. With `--benchmark-disable` a tiny variant of every case runs once, for the comparison alone.
