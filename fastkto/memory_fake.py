@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel, masking_utils
+
+from fastkto_kernels import loops
 
 _ATTENTION = "fastkto_memory"
 
@@ -20,11 +23,13 @@ _ATTENTION = "fastkto_memory"
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages made inside that are still alive, and the most there were.
 
-    A number read from a fake tensor, of which there is none, is 0: checks of data find nothing.
+    A number read from a fake tensor, of which there is none, is `number`: with 0, checks of data
+    find nothing.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self, known: Iterable[Tensor] = (), *, number: int = 0) -> None:
         super().__init__()
+        self._number = number
         self.now = self.peak = self.weight_copies = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._alive: set[int] = set()
@@ -33,8 +38,11 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 0
-        result = func(*args, **(kwargs or {}))
+            return self._number
+        if func is torch.ops.aten._grouped_mm.default:
+            result = _empty_grouped_mm(*args[:3])
+        else:
+            result = func(*args, **(kwargs or {}))
         is_copy = func is torch.ops.aten._to_copy.default
         is_copy = is_copy and args[0].untyped_storage()._cdata in self._known
         for leaf in tree_leaves(result):
@@ -61,6 +69,13 @@ class LiveBytes(TorchDispatchMode):
         self._alive.discard(key)
         self.now -= size
         self.weight_copies -= size * is_weight_copy
+
+
+def _empty_grouped_mm(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """What `grouped_mm` returns for experts; PyTorch's fake one refuses all dtypes but bf16."""
+    if right.ndim == 3:  # [S, K] with [E, K, N]
+        return left.new_empty(left.shape[0], right.shape[2])
+    return left.new_empty(offsets.shape[0], left.shape[0], right.shape[1])  # [K, S] with [S, N]
 
 
 def layer_kinds(decoder: nn.Module) -> list[list[nn.Module]]:
@@ -124,6 +139,27 @@ def use_linear_attention(model: PreTrainedModel) -> None:
     """Give `model` an attention that needs what FlashAttention needs, and masks nothing."""
     AttentionInterface.register(_ATTENTION, _attention)
     model.set_attn_implementation(_ATTENTION)
+
+
+@contextmanager
+def shortcuts() -> Iterator[None]:
+    """What code cannot know on fake tensors, and what it need not repeat on them.
+
+    transformers masks as for packed sequences where it cannot read the positions: there are none.
+    The head's loops take their first two steps and their last, since every step needs the same.
+    """
+    packed, spans = masking_utils.find_packed_sequence_indices, loops.spans
+
+    def few_spans(length: int, step: int) -> Iterator[tuple[int, int]]:
+        every = list(spans(length, step))
+        yield from every if len(every) <= 3 else (*every[:2], every[-1])
+
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    loops.spans = few_spans
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices, loops.spans = packed, spans
 
 
 def _attention(

@@ -8,6 +8,7 @@ of model families here. Layers alike are measured a few at a time and counted.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,13 +22,21 @@ from transformers import PreTrainedModel
 
 from fastkto.head_family import read_head
 from fastkto.head_scores import own_logits, score_by_logits, score_by_weight
-from fastkto.memory_fake import LiveBytes, fake_copy, layer_kinds, use_linear_attention
+from fastkto.memory_fake import (
+    LiveBytes,
+    fake_copy,
+    layer_kinds,
+    shortcuts,
+    use_linear_attention,
+)
 from fastkto.router import balancing_loss
 
-# Twice as many rows as a tile of the head has at most: later blocks of rows need nothing new.
-HEAD_ROWS = 8192
+# Scored tokens that are measured with head="logits": the slices behind them need nothing new.
+MOST_SLICED = 8192
 # Layers of each kind in the smallest model that is measured: a first and a last one.
 FEWEST_LAYERS = 2
+# Measured as they are; every other attention is taken to need what FlashAttention needs.
+WITH_MASKS = ("eager", "sdpa")
 
 
 class PassBytes(NamedTuple):
@@ -67,7 +76,7 @@ class PassProbe:
     def __init__(self, model: PreTrainedModel | PeftModel, settings: ProbeSettings) -> None:
         self.settings = settings
         self._model = model
-        self._kinds = layer_kinds(_decoder(model))
+        self.kinds = layer_kinds(_decoder(model))
         self._mode = FakeTensorMode()
         self._copies: dict[tuple[int, ...], nn.Module] = {}
         self._measured: dict[tuple[int, int, bool, bool], PassBytes] = {}
@@ -82,7 +91,7 @@ class PassProbe:
         return self._measured[key]
 
     def _measure(self, key: tuple[int, int, bool, bool]) -> PassBytes:
-        counts = [len(kind) for kind in self._kinds]
+        counts = [len(kind) for kind in self.kinds]
         fewest = [min(count, FEWEST_LAYERS) for count in counts]
         base = total = self._measure_layers(fewest, *key)
         for index, count in enumerate(counts):
@@ -95,7 +104,8 @@ class PassProbe:
     def _measure_layers(
         self, counts: Sequence[int], rows: int, length: int, gradient: bool, checkpointing: bool
     ) -> PassBytes:
-        with self._mode:
+        with self._mode, warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer names that older versions lack
             model: Any = self._copy(tuple(counts))
             model.train(gradient)
             if checkpointing:
@@ -110,12 +120,12 @@ class PassProbe:
     def _copy(self, counts: tuple[int, ...]) -> nn.Module:
         """The model with the first so many layers of each kind, on fake tensors."""
         if counts not in self._copies:
-            chosen = [kind[:count] for kind, count in zip(self._kinds, counts, strict=True)]
+            chosen = [kind[:count] for kind, count in zip(self.kinds, counts, strict=True)]
             kept = {layer for layers in chosen for layer in layers}
-            dropped = [layer for kind in self._kinds for layer in kind if layer not in kept]
+            dropped = [layer for kind in self.kinds for layer in kind if layer not in kept]
             model = fake_copy(self._model, dropped)
             causal_lm = _causal_lm(model)
-            if causal_lm.config._attn_implementation != "eager":
+            if causal_lm.config._attn_implementation not in WITH_MASKS:
                 use_linear_attention(causal_lm)
             self._copies[counts] = model
         return self._copies[counts]
@@ -130,17 +140,17 @@ def _measure_pass(
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
                 known.append(parameter.grad)
-    with LiveBytes(known) as live, torch.set_grad_enabled(gradient):
+    with shortcuts(), LiveBytes(known) as live, torch.set_grad_enabled(gradient):
         with ExitStack() as stack:
             if settings.autocast is not None:
                 stack.enter_context(torch.autocast("cpu", settings.autocast))
-            loss, scored, unmeasured = _score(model, shape, settings)
+            loss, hidden, unmeasured = _score(model, shape, settings)
         forward, kept, weight_copies = live.restart_peak(), live.now, live.weight_copies
         if not gradient:
             return PassBytes(forward, 0, 0, 0, 0)
         head: list[int] = []
-        scored.register_hook(lambda _: head.append(live.restart_peak()))
-        del scored
+        hidden.register_hook(lambda _: head.append(live.restart_peak()))
+        del hidden
         loss.backward()
         backward = live.peak
     return PassBytes(forward, kept, weight_copies, head[0] + unmeasured, backward)
@@ -149,7 +159,7 @@ def _measure_pass(
 def _score(
     model: nn.Module, shape: tuple[int, int], settings: ProbeSettings
 ) -> tuple[Tensor, Tensor, int]:
-    """(a loss, the hidden states that the head scored, bytes of the gradient of the others)."""
+    """(a loss, the hidden states, bytes of the gradient of those that the head has not scored)."""
     causal_lm = _causal_lm(model)
     extra = {"output_router_logits": True} if settings.router_loss else {}
     outputs = causal_lm.base_model(
@@ -159,10 +169,10 @@ def _score(
     num_tokens = shape[0] * shape[1]
     index = torch.zeros(num_tokens, dtype=torch.int64)
     hidden = hidden.reshape(num_tokens, -1).index_select(0, index)
-    scored = hidden if num_tokens <= HEAD_ROWS else hidden[:HEAD_ROWS]
-    unmeasured = (hidden.numel() - scored.numel()) * hidden.element_size()
-    target = index[: len(scored)]
+    unmeasured = 0
     if settings.head == "logits":
+        scored, target = hidden[:MOST_SLICED], index[:MOST_SLICED]
+        unmeasured = (hidden.numel() - scored.numel()) * hidden.element_size()
         forward = functools.partial(type(causal_lm).forward, causal_lm)
         scores = score_by_logits(
             functools.partial(own_logits, causal_lm, forward, type(outputs)),
@@ -175,8 +185,8 @@ def _score(
     else:
         scores = score_by_weight(
             read_head(causal_lm),
-            scored,
-            target,
+            hidden,
+            index,
             stats=hidden.requires_grad,
             backend="torch",
             head_memory_mib=settings.head_memory_mib,
