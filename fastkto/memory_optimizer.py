@@ -33,7 +33,7 @@ def optimizer_bytes(model: nn.Module, args: KTOConfig) -> OptimizerBytes:
     """Bytes of the optimizer that `args.optim` names, for the parameters that need a gradient."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     name = str(getattr(args.optim, "value", args.optim))
-    if name in MEASURED:
+    if name in MEASURED and parameters:
         return _measure(parameters, args)
     values = next((n for kind, n in VALUES_KEPT.items() if kind in name), ADAM_VALUES)
     bits = 8 if "8bit" in name else 4 if "4bit" in name else 32

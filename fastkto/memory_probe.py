@@ -118,9 +118,11 @@ class PassProbe:
                     model.gradient_checkpointing_disable()
 
     def _copy(self, counts: tuple[int, ...]) -> nn.Module:
-        """The model with the first so many layers of each kind, on fake tensors."""
+        """The model with the last so many layers of each kind, on fake tensors."""
         if counts not in self._copies:
-            chosen = [kind[:count] for kind, count in zip(self.kinds, counts, strict=True)]
+            chosen = [
+                kind[len(kind) - count :] for kind, count in zip(self.kinds, counts, strict=True)
+            ]
             kept = {layer for layers in chosen for layer in layers}
             dropped = [layer for kind in self.kinds for layer in kind if layer not in kept]
             model = fake_copy(self._model, dropped)
@@ -178,7 +180,7 @@ def _score(
             functools.partial(own_logits, causal_lm, forward, type(outputs)),
             scored,
             target,
-            stats=hidden.requires_grad,
+            stats=True,  # as in evaluation; passes without gradient need a little less
             vocab_size=causal_lm.config.get_text_config().vocab_size,
             head_memory_mib=settings.head_memory_mib,
         )
@@ -187,7 +189,7 @@ def _score(
             read_head(causal_lm),
             hidden,
             index,
-            stats=hidden.requires_grad,
+            stats=True,
             backend="torch",
             head_memory_mib=settings.head_memory_mib,
         )

@@ -16,20 +16,22 @@ def largest(bytes_of: Callable[[int], int], limit: int) -> int:
     low, low_size = TOKEN_MULTIPLE, bytes_of(TOKEN_MULTIPLE)
     if low_size > limit:
         return 0
-    high, high_size = MOST_TOKENS, None
-    tokens, slope = 32 * TOKEN_MULTIPLE, 0.0
+    high, slope = MOST_TOKENS, 0.0
+    tokens = 32 * TOKEN_MULTIPLE
     while high - low > max(TOKEN_MULTIPLE, low // 100):
         tokens = min(max(tokens, low + TOKEN_MULTIPLE), high - TOKEN_MULTIPLE)
         size = bytes_of(tokens)
         if size > limit:
-            high, high_size = tokens, size
+            high = tokens
+            slope = max(slope, (size - low_size) / (tokens - low))
+            guess = low + (limit - low_size) / slope
+            if guess < low * 1.01:  # a curve: what lies between says more than a line
+                guess = (low * high) ** 0.5
         else:
             slope = (size - low_size) / (tokens - low)
             low, low_size = tokens, size
-        if high_size is not None:
-            slope = (high_size - low_size) / (high - low)
-        guess = low + (limit - low_size) / slope if slope else 2.0 * low
-        # A guess that was right leaves the bracket open above it, and is closed a little higher.
-        guess = max(guess, low * 1.008) if size <= limit else guess
-        tokens = int(min(guess, 1e9)) // TOKEN_MULTIPLE * TOKEN_MULTIPLE
+            guess = low + (limit - low_size) / slope if slope else 2.0 * low
+            # A guess that was right leaves the bracket open above it; it is closed a little higher.
+            guess = max(guess, low * 1.008)
+        tokens = int(min(guess, MOST_TOKENS)) // TOKEN_MULTIPLE * TOKEN_MULTIPLE
     return low

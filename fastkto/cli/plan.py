@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from textwrap import wrap
+from textwrap import fill, wrap
 from typing import NamedTuple
 
 import torch
@@ -109,7 +109,7 @@ def plan(arguments: Arguments, target: Target) -> None:
     say()
     say(_passes(estimator, memory, length))
     say()
-    say(_verdict(estimator, memory, target, budget))
+    say(fill(_verdict(estimator, memory, target, budget), 100))
     say()
     say(NOT_COUNTED)
     if memory.total > target.memory:
@@ -223,6 +223,6 @@ def _say_settings(arguments: Arguments, memory: RunMemory, target: Target) -> No
         raise CommandError(
             f"{target.memory / GIB:.2f} GiB are too little with any of these settings: the least "
             f"is {least / GIB:.2f} GiB, and the weights alone, as asked for, are "
-            f"{memory.weights / GIB:.2f} GiB; lower --max_length, or take a smaller model, a larger "
-            "device, or several of them with --num_processes and --fsdp"
+            f"{memory.weights / GIB:.2f} GiB; lower --max_length, or take a smaller model, a "
+            "larger device, or several with --num_processes and --fsdp"
         )

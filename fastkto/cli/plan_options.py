@@ -64,6 +64,8 @@ def _together(arguments: Arguments, chain: list[_Option], processes: int, memory
 
 def _sum(arguments: Arguments, options: list[_Option], processes: int) -> Setting:
     flags = " ".join(option.flags for option in options)
+    start, *rest = flags.split("--use_peft ")  # said once
+    flags = "--use_peft ".join([start, "".join(rest)]) if rest else start
     return Setting(flags, _total(arguments, options, processes))
 
 
