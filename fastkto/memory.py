@@ -61,8 +61,7 @@ class Deployment:
 
     processes: int = 1
     sharded: bool = False  # FSDP2: weights, gradients and optimizer state divided by processes
-    quantised_bits: int | None = None  # 4 or 8: the linear layers but for the head
-    bytes_per_quantised: float = 0.0  # of one weight, scales included
+    bytes_per_quantised: float | None = None  # of a weight in the linear layers but for the head
 
 
 class MemoryEstimator:
@@ -188,7 +187,7 @@ class MemoryEstimator:
     def _weights(self) -> int:
         stored = sum(p.numel() for p in self._quantised)
         unquantised = sum(p.numel() * p.element_size() for p in self._quantised)
-        packed = int(stored * self.deployment.bytes_per_quantised)
+        packed = int(stored * (self.deployment.bytes_per_quantised or 0))
         return _size(self.policy) - unquantised + packed
 
     @property
@@ -205,7 +204,7 @@ class MemoryEstimator:
 
     def _quantise(self, autocast: torch.dtype | None) -> list[Any]:
         """The parameters that would be quantised, in the dtype in which they are multiplied."""
-        if self.deployment.quantised_bits is None:
+        if self.deployment.bytes_per_quantised is None:
             return []
         head: Any = self.policy.get_output_embeddings()
         weights = [

@@ -131,7 +131,7 @@ def test_quantised_layers_are_counted_packed(tmp_path: Path) -> None:
     inner = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, nn.Linear))
     args = KTOConfig(str(tmp_path), use_cpu=True, optim="sgd")
     whole = MemoryEstimator(model, args).run(64)
-    packed = MemoryEstimator(model, args, deployment=Deployment(1, False, 4, 0.5625)).run(64)
+    packed = MemoryEstimator(model, args, deployment=Deployment(bytes_per_quantised=0.5625)).run(64)
     assert whole.weights - packed.weights == pytest.approx(inner * (4 - 0.5625), abs=1)
 
 

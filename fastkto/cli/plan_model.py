@@ -75,7 +75,7 @@ def _deployment(model: ModelArguments, args: KTOConfig, processes: int) -> Deplo
     if model.load_in_4bit:
         nested = model.use_bnb_nested_quant
         size = BYTES_OF_NESTED_4_BIT if nested else BYTES_OF_4_BIT
-        return Deployment(processes, sharded, 4, size)
+        return Deployment(processes, sharded, size)
     if model.load_in_8bit:
-        return Deployment(processes, sharded, 8, BYTES_OF_8_BIT)
+        return Deployment(processes, sharded, BYTES_OF_8_BIT)
     return Deployment(processes, sharded)
