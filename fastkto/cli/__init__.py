@@ -1,4 +1,4 @@
-"""The command line: `fastkto train` and `fastkto demo`."""
+"""The command line: `fastkto train`, `fastkto plan` and `fastkto demo`."""
 
 import argparse
 import sys
@@ -19,6 +19,7 @@ from fastkto.cli.console import (
 
 COMMANDS = {
     "train": "train a model on rows of your own",
+    "plan": "say what a run will need in memory, before anything is loaded",
     "demo": "teach a tiny model a task and improve it with KTO: no download, no GPU, 3 minutes",
 }
 
@@ -57,7 +58,7 @@ def _run(words: list[str]) -> None:
         raise CommandError(f"there is no command {command!r}; did you mean {near}?")
     else:
         show_library_logs()
-        {"train": _train, "demo": _demo}[command](words[1:])
+        {"train": _train, "plan": _plan, "demo": _demo}[command](words[1:])
 
 
 def _train(words: list[str]) -> None:
@@ -73,6 +74,17 @@ def _train(words: list[str]) -> None:
     from fastkto.cli.train import train
 
     train(arguments)
+
+
+def _plan(words: list[str]) -> None:
+    from fastkto.cli.parser import HELP_FLAGS
+    from fastkto.cli.plan import PlanParser, plan
+
+    parser = PlanParser()
+    if set(words) & set(HELP_FLAGS):
+        say(parser.format_help() if set(words) & {"-h", "--help"} else parser.format_all())
+        return
+    plan(*parser.parse_plan(words))
 
 
 def _demo(words: list[str]) -> None:

@@ -58,11 +58,14 @@ VALUE_NAMES: dict[Any, str] = {str: "TEXT", int: "NUMBER", float: "NUMBER"}
 class TrainParser(HfArgumentParser):
     """`HfArgumentParser` with a YAML file of defaults, a short help, and errors in one sentence."""
 
+    groups: dict[str, tuple[str, ...]] = COMMON
+    usage_text = "fastkto train --model MODEL --data ROWS [--output_dir FOLDER] ..."
+
     def __init__(self) -> None:
         super().__init__(
             (ModelArguments, DataArguments, KTOConfig),
-            prog="fastkto train",
-            usage="fastkto train --model MODEL --data ROWS [--output_dir FOLDER] ...",
+            prog=" ".join(self.usage_text.split()[:2]),
+            usage=self.usage_text,
             formatter_class=_HelpFormatter,
             add_help=False,
             allow_abbrev=False,
@@ -91,13 +94,21 @@ class TrainParser(HfArgumentParser):
 
         Raises CommandError for anything that cannot be used.
         """
+        return self.build(self.read(argv))
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The values of all arguments, not yet checked together."""
         config, flags = _config_parser().parse_known_args(list(argv))
         if config.config is not None:
             self._read_defaults(Path(config.config).expanduser())
         namespace, unknown = self.parse_known_args(flags)
         if unknown:
             text = unknown_flag(unknown, self._names())
-            raise CommandError(f"{text} (fastkto train --help_all lists all)")
+            raise CommandError(f"{text} ({self.prog} --help_all lists all)")
+        return namespace
+
+    def build(self, namespace: argparse.Namespace) -> Arguments:
+        """The arguments that the values make; raises CommandError where they do not fit."""
         values = vars(namespace)
 
         def make(kind: Any) -> Any:
@@ -156,9 +167,9 @@ class TrainParser(HfArgumentParser):
         """The arguments that most runs need."""
         groups = {
             title: [self._option_string_actions[f"--{name}"] for name in names]
-            for title, names in COMMON.items()
+            for title, names in self.groups.items()
         }
-        more = f"fastkto train --help_all lists all {len(self._names())} arguments."
+        more = f"{self.prog} --help_all lists all {len(self._names())} arguments."
         return self._format(groups, more)
 
     def format_all(self) -> str:

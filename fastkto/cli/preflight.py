@@ -16,8 +16,7 @@ from fastkto.limits import check_arguments
 def check(arguments: Arguments) -> None:
     """Refuse what can be refused before anything is loaded."""
     model, args = arguments.model, arguments.training
-    if model.model_name_or_path is None:
-        raise CommandError("--model is missing; give a model's folder or its id on the hub")
+    _check_model_given(model)
     if arguments.data.dataset_name is None:
         raise CommandError(
             "--data is missing; give a .jsonl, .json, .csv or .parquet file, a folder, or a data "
@@ -36,18 +35,10 @@ def check(arguments: Arguments) -> None:
         )
     if Path(str(args.output_dir)).is_file():
         raise CommandError(f"--output_dir: {args.output_dir} is a file; give a folder")
-    _check_adapter_flags(model)
-    for flag, name in (("--model", model.model_name_or_path), ("--ref_model", model.ref_model)):
-        if name is not None:
-            _check_folder(flag, name)
-    bits = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
-    if model.load_in_4bit or model.load_in_8bit:
-        if model.load_in_4bit and model.load_in_8bit:
-            raise CommandError("load_in_4bit and load_in_8bit exclude each other; choose one")
-        if not model.use_peft:
-            raise CommandError(f"{bits} freezes the weights; add --use_peft to train an adapter")
-        if find_spec("bitsandbytes") is None:
-            raise CommandError(f"{bits} needs the package bitsandbytes; pip install bitsandbytes")
+    check_model(model)
+    if (model.load_in_4bit or model.load_in_8bit) and find_spec("bitsandbytes") is None:
+        bits = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+        raise CommandError(f"{bits} needs the package bitsandbytes; pip install bitsandbytes")
     with mistakes(ValueError, RuntimeError, ImportError, about="report_to"):
         for tracker in get_reporting_integration_callbacks(args.report_to):
             tracker()  # it looks for its package
@@ -58,6 +49,25 @@ def check(arguments: Arguments) -> None:
                 f"--resume_from_checkpoint: {checkpoint} holds an adapter; add --use_peft and the "
                 "flags that it was trained with"
             )
+
+
+def check_model(model: ModelArguments) -> None:
+    """Refuse a model that is not there, and flags of it that contradict each other."""
+    _check_model_given(model)
+    _check_adapter_flags(model)
+    for flag, name in (("--model", model.model_name_or_path), ("--ref_model", model.ref_model)):
+        if name is not None:
+            _check_folder(flag, name)
+    if model.load_in_4bit and model.load_in_8bit:
+        raise CommandError("load_in_4bit and load_in_8bit exclude each other; choose one")
+    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
+        bits = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+        raise CommandError(f"{bits} freezes the weights; add --use_peft to train an adapter")
+
+
+def _check_model_given(model: ModelArguments) -> None:
+    if model.model_name_or_path is None:
+        raise CommandError("--model is missing; give a model's folder or its id on the hub")
 
 
 def _check_adapter_flags(model: ModelArguments) -> None:

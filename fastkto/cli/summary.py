@@ -54,7 +54,7 @@ def describe_run(trainer: KTOTrainer) -> RunSummary:
     batches = look_at_batches(trainer)
     backend = choose_backend(args.backend, args.device)
     facts = [
-        ("model", _model(model)),
+        ("model", describe_model(model)),
         *_data(trainer),
         ("batches", _batches(trainer, batches)),
         ("passes", _passes(batches, args)),
@@ -96,7 +96,8 @@ def look_at_batches(trainer: KTOTrainer) -> BatchFacts:
     )
 
 
-def _model(model: PreTrainedModel | PeftModel) -> str:
+def describe_model(model: PreTrainedModel | PeftModel) -> str:
+    """Its name, its parameters, and how many of them are trained."""
     if isinstance(model, PeftModel):
         trainable, total = model.get_nb_trainable_parameters()
     else:

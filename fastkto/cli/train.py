@@ -30,7 +30,7 @@ SETTING_UP = (ValueError, OSError, ImportError)
 
 def train(arguments: Arguments) -> None:
     """Load, say what will happen, train, evaluate and save. Raises CommandError for mistakes."""
-    _quieten_libraries()
+    quieten_libraries()
     with mistakes():
         check(arguments)
     with mistakes(*SETTING_UP):
@@ -58,7 +58,7 @@ def train(arguments: Arguments) -> None:
     trainer.accelerator.end_training()  # ends trackers and the process group
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Leave the terminal to the main process, and unsaid what libraries owe to each other."""
     for owed in ("`is_gradient_checkpointing`", "`broadcast_buffers`"):  # by peft, by accelerate
         warnings.filterwarnings("ignore", f"{owed} is deprecated", FutureWarning)
