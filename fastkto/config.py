@@ -172,6 +172,11 @@ class KTOConfig(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {choices}")
 
     @property
+    def no_grad_tokens(self) -> int:
+        """Most tokens in a pass without gradient: twice as many, since it keeps no activations."""
+        return 2 * self.max_tokens_per_pass
+
+    @property
     def needs_kl(self) -> bool:
         """Whether the loss uses a KL estimate, and so mismatched sequences."""
         return self.loss_type == "kto"

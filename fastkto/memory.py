@@ -155,6 +155,8 @@ class MemoryEstimator:
         budget = max_length if max_tokens_per_pass is None else max_tokens_per_pass
         batch = max_length * self.args.per_device_train_batch_size
         tokens = max(max_length, min(budget, batch))
+        # matched and mismatched sequences together, see `KTOConfig.no_grad_tokens`
+        no_grad_tokens = max(max_length, 2 * min(budget, batch))
         plan, shards = self.deployment, 1
         if plan.sharded:
             shards = plan.processes
@@ -170,7 +172,7 @@ class MemoryEstimator:
             optimizer_step=optimizer.step // shards,
             reference=0 if self.reference is None else _size(self.reference) // shards,
             gradient_pass=self.pass_bytes(tokens, longest=max_length),
-            no_gradient_pass=self.pass_bytes(tokens, longest=max_length, gradient=False),
+            no_gradient_pass=self.pass_bytes(no_grad_tokens, longest=max_length, gradient=False),
         )
 
     def largest_context(self, memory: int, max_tokens_per_pass: int | None = None) -> int:

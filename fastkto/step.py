@@ -30,7 +30,6 @@ class StepSettings:
     reference: Reference
     policy_layout: Layout
     reference_layout: Layout
-    no_grad_tokens: int  # budget of a pass without gradient, which keeps no activations
     router_aux_loss_coef: float  # 0 without a router
     experts_per_token: int
     reduce: Callable[[Tensor], Tensor]  # sums a tensor over ranks

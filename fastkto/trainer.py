@@ -170,7 +170,6 @@ class KTOTrainer(Trainer):
             reference=self.reference,
             policy_layout=Layout.PADDED,  # until the first batch shows more
             reference_layout=Layout.PADDED,
-            no_grad_tokens=2 * args.max_tokens_per_pass,
             reduce=self._sum_over_ranks,
             **router_settings(self.model.config.get_text_config(), args),
         )

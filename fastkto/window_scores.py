@@ -110,7 +110,7 @@ def _saves_tokens(settings: StepSettings, sequences: Sequence[TokenSequence]) ->
     """Whether reading shared prompts once is worth a plan of its own."""
     if settings.reference_layout is not Layout.PACKED:
         return False
-    plan = plan_passes(sequences, settings.no_grad_tokens, Layout.PACKED, share_prompts=True)
+    plan = plan_passes(sequences, settings.args.no_grad_tokens, Layout.PACKED, share_prompts=True)
     shared = [group for groups in plan for group in groups if len(group) > 1]
     saved = [(len(group) - 1) * len(sequences[group[0]].prompt) for group in shared]
     total = sum(sequence.length for sequence in sequences)
@@ -127,7 +127,7 @@ def _logprobs(
 ) -> Tensor:
     """Log-probability of each completion, [len(sequences)] fp64; counts the tokens in `loss`."""
     settings = loss.settings
-    plan = plan_passes(sequences, settings.no_grad_tokens, layout, share_prompts=share)
+    plan = plan_passes(sequences, settings.args.no_grad_tokens, layout, share_prompts=share)
     _count_tokens(loss, sequences, plan, layout)
     logprob = sequence_logprobs(model, sequences, plan, layout, backend=settings.args.backend)
     return logprob.to(loss.is_desirable.device)

@@ -56,7 +56,8 @@ def test_a_run_needs_what_is_estimated(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_pass_without_gradient_needs_what_is_estimated(tmp_path: Path, bf16: bool) -> None:
     trainer = trainer_of(tmp_path, bf16=bf16, model={"hidden_size": 512, "num_hidden_layers": 2})
-    expected = estimator_of(trainer).pass_bytes(LENGTH, gradient=False)
+    tokens = trainer.step_settings.args.no_grad_tokens
+    expected = estimator_of(trainer).pass_bytes(tokens, gradient=False)
     assert expected.kept == 0
     trainer.evaluate()  # the head is checked once, with logits
     assert measured_peak(trainer.evaluate) == pytest.approx(expected.peak, rel=WITHIN)
