@@ -7,6 +7,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from fastkto.config import KTOConfig
+from fastkto.sharding import reduce_at_every_backward
 
 # These optimizers update the weights inside backward, so a second pass would see other weights.
 STEPS_IN_BACKWARD = ("lomo", "layerwise")
@@ -90,6 +91,7 @@ def set_distributed_defaults(args: KTOConfig) -> None:
     if args.ddp_broadcast_buffers is None:
         # A broadcast at each forward would wait for ranks that have fewer passes.
         args.ddp_broadcast_buffers = False
+    reduce_at_every_backward(args)
 
 
 def check_devices(trainer: Trainer) -> None:
@@ -106,10 +108,12 @@ def check_devices(trainer: Trainer) -> None:
                 "sequence parallelism are not supported: use data parallelism"
             )
     kind = trainer.accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if kind == DistributedType.MEGATRON_LM:
+        raise ValueError("Megatron-LM is not supported; use FSDP2, DeepSpeed or data parallelism")
+    if kind == DistributedType.FSDP and not trainer.accelerator.is_fsdp2:
         raise ValueError(
-            f"{kind.value} is not supported yet: ranks with different numbers of passes would wait "
-            "for each other forever. Use DistributedDataParallel (accelerate's MULTI_GPU)"
+            "FSDP is set up in its first version, which is deprecated and not supported; use the "
+            "second: fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's config file"
         )
 
 

@@ -11,7 +11,7 @@ synchronisation on the device.
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,9 @@ class Layout(Enum):
 
 
 # Sequences with one prompt, by their index; a packed pass reads that prompt once.
-Group = list[int]
+Group: TypeAlias = list[int]
+# The groups of each pass; a pass without any is idle.
+Plan: TypeAlias = list[list[Group]]
 
 
 class Pass(NamedTuple):
@@ -61,7 +63,7 @@ def plan_passes(
     layout: Layout,
     *,
     share_prompts: bool = False,
-) -> list[list[Group]]:
+) -> Plan:
     """The passes over the sequences, each of at most `max_tokens` tokens, the largest first.
 
     What is larger than `max_tokens` by itself is a pass of its own. With `share_prompts` a packed
@@ -89,6 +91,8 @@ def computed_tokens(
     sequences: Sequence[TokenSequence], groups: Sequence[Group], layout: Layout
 ) -> int:
     """Tokens that the pass over `groups` computes, padding included."""
+    if not groups:
+        return 1  # of an idle pass
     if layout is Layout.PACKED:
         return sum(_group_tokens(sequences, group) for group in groups)
     return len(groups) * max(sequences[group[0]].length for group in groups)
@@ -149,8 +153,15 @@ def _equal_lengths(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return plan
 
 
-def build_pass(sequences: Sequence[TokenSequence], groups: Sequence[Group], layout: Layout) -> Pass:
-    """The pass over one entry of a plan."""
+def build_pass(
+    sequences: Sequence[TokenSequence],
+    groups: Sequence[Group],
+    layout: Layout,
+    device: torch.device | None = None,
+) -> Pass:
+    """The pass over one entry of a plan, on the sequences' device; an idle one on `device`."""
+    if not groups:
+        return _build_idle(device)
     if layout is Layout.PACKED:
         return _build_packed(sequences, groups)
     return _build_padded(sequences, [row for group in groups for row in group])
@@ -180,7 +191,7 @@ def _build_packed(sequences: Sequence[TokenSequence], groups: Sequence[Group]) -
     device = input_ids.device
     return _scored_pass(sequences, order, input_ids, before)._replace(
         position_ids=move_index(torch.cat(positions)[None], input_ids),
-        segments=Segments.of(spans, device),
+        segments=Segments(spans, device),
         real_tokens=torch.arange(end, device=device),
     )
 
@@ -200,6 +211,24 @@ def _build_padded(sequences: Sequence[TokenSequence], rows: Sequence[int]) -> Pa
     input_ids = torch.cat(tokens).view(len(rows), longest)
     return _scored_pass(sequences, list(rows), input_ids, before)._replace(
         real_tokens=move_index(torch.cat(real), input_ids)
+    )
+
+
+def _build_idle(device: torch.device | None) -> Pass:
+    """One token that nothing is predicted from: ranks in lockstep take part in others' passes."""
+    input_ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    nothing = input_ids.new_empty(0)
+    return Pass(
+        rows=nothing,
+        input_ids=input_ids,
+        position_ids=None,
+        segments=None,
+        score_row=nothing,
+        score_position=nothing,
+        score_target=nothing,
+        offsets=input_ids[0],
+        sequence=nothing,
+        real_tokens=nothing,
     )
 
 
@@ -276,18 +305,16 @@ def run_pass(
 def sequence_logprobs(
     model: nn.Module,
     sequences: Sequence[TokenSequence],
-    plan: Sequence[Sequence[Group]],
+    plan: Plan,
     layout: Layout,
     *,
+    device: torch.device,
     backend: str = "auto",
 ) -> Tensor:
-    """Log-probability of each completion, in nats: `[B]` fp64, without gradient."""
-    if not sequences:
-        return torch.zeros(0, dtype=torch.float64)
-    device = sequences[0].completion.device
+    """Log-probability of each completion, in nats: `[B]` fp64 on `device`, without gradient."""
     logprob_B = torch.zeros(len(sequences), dtype=torch.float64, device=device)
     for groups in plan:
-        pass_ = build_pass(sequences, groups, layout)
+        pass_ = build_pass(sequences, groups, layout, device)
         logprob_N = run_pass(model, pass_).logprob
         logprob_b = sum_completions(logprob_N, pass_.offsets, backend=backend)
         logprob_B.index_copy_(0, pass_.rows, logprob_b.to(device))

@@ -6,7 +6,6 @@ prefix `x`. Positions count from the start of the prefix, so `y'` is where it wo
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -72,37 +71,28 @@ class Part(NamedTuple):
         return attends[None, None]
 
 
-@dataclass(frozen=True, eq=False)
 class Segments:
-    """The segments of one packed row of `T` tokens, on the CPU and as kernels want them."""
+    """The segments of one packed row of `T` tokens, on the CPU and as kernels want them.
 
-    spans: list[Segment]
-    queries_before: Tensor  # [S + 1] int32, cumulative numbers of queries
-    keys_before: Tensor  # [S + 1] int32, cumulative numbers of keys
-    most_queries: int
-    most_keys: int
-    key_index: Tensor | None  # [K] int64, every segment's keys in turn; None: they are the queries
-    windows_seen: list[int | None] = field(default_factory=list)  # one entry for each layer's call
-    _block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
+    No dataclass: FSDP2 copies those that pass it, and layers would then share nothing.
+    """
 
-    @classmethod
-    def of(cls, spans: Sequence[Segment], device: torch.device) -> "Segments":
-        """Segments that follow one another without a gap, from token 0 on."""
+    def __init__(self, spans: Sequence[Segment], device: torch.device) -> None:
+        """`spans` follow one another without a gap, from token 0 on."""
         queries = [span.end - span.start for span in spans]
         keys = [count + span.prefix for count, span in zip(queries, spans, strict=True)]
-        key_index = None
+        self.spans = list(spans)
+        self.queries_before = _cumulative(queries, device)  # [S + 1] int32
+        self.keys_before = _cumulative(keys, device)  # [S + 1] int32
+        self.most_queries, self.most_keys = max(queries), max(keys)
+        # [K] int64, every segment's keys in turn; None: they are the queries
+        self.key_index: Tensor | None = None
         if queries != keys:
             ranges = [r for s in spans for r in ((s.prefix_start, s.prefix_end), (s.start, s.end))]
             index = torch.cat([torch.arange(*bounds) for bounds in ranges])
-            key_index = index.to(device, non_blocking=True)
-        return cls(
-            spans=list(spans),
-            queries_before=_cumulative(queries, device),
-            keys_before=_cumulative(keys, device),
-            most_queries=max(queries),
-            most_keys=max(keys),
-            key_index=key_index,
-        )
+            self.key_index = index.to(device, non_blocking=True)
+        self.windows_seen: list[int | None] = []  # one entry for each layer's call
+        self._block_masks: dict[int | None, BlockMask] = {}
 
     def parts(self, window: int | None, *, always_masked: bool) -> Iterator[Part]:
         """All queries in order, in parts that need no mask or a small one."""

@@ -5,7 +5,6 @@ are done (see `fastkto.window_scores`). So each pass with gradient forms its par
 can run backward at once, and the activations of one pass exist at a time.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from fastkto.config import KTOConfig
 from fastkto.data.batch import matched_sequences, mismatched_sequences
 from fastkto.loss import KTOLoss, kto_loss
-from fastkto.passes import Group, Layout, Pass, build_pass, run_pass
+from fastkto.passes import Group, Layout, Pass, Plan, build_pass, run_pass
+from fastkto.ranks import Ranks
 from fastkto.reference import Reference
 from fastkto.router import balancing_loss, expert_counts
 from fastkto.window import PairedBatch
@@ -26,13 +26,13 @@ class StepSettings:
     """What stays the same from step to step."""
 
     args: KTOConfig
-    policy: Any  # as prepared by accelerate, without a DistributedDataParallel around it
+    policy: Any  # what passes without gradient run: prepared, without DistributedDataParallel
     reference: Reference
     policy_layout: Layout
     reference_layout: Layout
     router_aux_loss_coef: float  # 0 without a router
     experts_per_token: int
-    reduce: Callable[[Tensor], Tensor]  # sums a tensor over ranks
+    ranks: Ranks
 
     @property
     def has_router(self) -> bool:
@@ -50,7 +50,7 @@ class BatchLoss:
     """
 
     reference_logprob: Tensor  # [B] fp64, nats
-    plan: list[list[Group]]
+    plan: Plan
 
     def __init__(
         self, settings: StepSettings, batch: dict[str, Any], pairs: PairedBatch, counted: int
@@ -81,7 +81,7 @@ class BatchLoss:
     def pass_loss(self, model: nn.Module, groups: list[Group]) -> Tensor:
         """This pass's part of the batch's loss: a scalar with the graph of the pass."""
         args, settings = self.settings.args, self.settings
-        pass_ = build_pass(self.matched, groups, settings.policy_layout)
+        pass_ = self._build_pass(groups)
         scores = run_pass(model, pass_, stats=True, router_logits=settings.has_router)
         result = kto_loss(
             scores.logprob,
@@ -103,7 +103,7 @@ class BatchLoss:
 
     def count_experts(self, groups: list[Group]) -> Tensor:
         """How often a pass's tokens choose each expert: [E], without gradient."""
-        pass_ = build_pass(self.matched, groups, self.settings.policy_layout)
+        pass_ = self._build_pass(groups)
         unscored = pass_._replace(
             score_row=pass_.score_row[:0],
             score_position=pass_.score_position[:0],
@@ -112,6 +112,10 @@ class BatchLoss:
         output = run_pass(self.settings.policy, unscored, router_logits=True)
         top_k = self.settings.experts_per_token
         return expert_counts(output.router_logits, pass_.real_tokens, top_k)
+
+    def _build_pass(self, groups: list[Group]) -> Pass:
+        layout, device = self.settings.policy_layout, self.is_desirable.device
+        return build_pass(self.matched, groups, layout, device)
 
     def _router_loss(self, router_logits: tuple[Tensor, ...], pass_: Pass) -> Tensor:
         counts = self.expert_counts

@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -47,8 +47,10 @@ from fastkto.policy import (
     prepare_adapter,
     router_settings,
 )
+from fastkto.ranks import Ranks
 from fastkto.reference import choose_reference
 from fastkto.repeats import RepeatedRows
+from fastkto.sharding import before_the_last_pass, keep_outputs_in_fp32, prepare_reference
 from fastkto.step import BatchLoss, StepSettings
 from fastkto.step_check import StepCheck
 from fastkto.window_scores import score_window
@@ -157,24 +159,21 @@ class KTOTrainer(Trainer):
         self.model.add_model_tags(["fastkto", "kto"])
         # Numbers that are not finite stop the run here, so Trainer need not read every loss.
         args.logging_nan_inf_filter = False
+        self.ranks = Ranks(self.accelerator)
+        keep_outputs_in_fp32(self.accelerator)
         if self.reference.model is not None:
-            known = list(self.accelerator._models)
-            self.reference.model = self.accelerator.prepare_model(
-                self.reference.model, evaluation_mode=True
-            )
-            # Trainer.evaluate prepares the policy only if accelerate knows of no model yet.
-            self.accelerator._models[:] = known
+            self.reference.model = prepare_reference(self.reference.model, self.accelerator)
         self.step_settings = StepSettings(
             args=args,
             policy=self.model,
             reference=self.reference,
             policy_layout=Layout.PADDED,  # until the first batch shows more
             reference_layout=Layout.PADDED,
-            reduce=self._sum_over_ranks,
+            ranks=self.ranks,
             **router_settings(self.model.config.get_text_config(), args),
         )
         self._train_metrics, self._eval_metrics = Metrics(), Metrics()
-        self._step_check = StepCheck(self._sum_over_ranks)
+        self._step_check = StepCheck(self.ranks.sum)
         self._repeated_rows = RepeatedRows(self.accelerator, args.dataloader_num_workers)
         self._models_are_checked = False
         self.add_callback(TokenCount())
@@ -229,9 +228,6 @@ class KTOTrainer(Trainer):
         callbacks = self.callback_handler.callbacks
         return next(callback for callback in callbacks if isinstance(callback, TokenCount))
 
-    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, "sum")
-
     # ---- The step ----
 
     def get_train_dataloader(self) -> DataLoader:
@@ -240,13 +236,6 @@ class KTOTrainer(Trainer):
         steps = args.gradient_accumulation_steps
         check_batch_size(args, "the batch size", self._train_batch_size, steps)
         return super().get_train_dataloader()
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As in `Trainer`; then checks that the optimizer's gradients come from finite numbers."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._check_step()
-        return loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -262,11 +251,13 @@ class KTOTrainer(Trainer):
     def _score(
         self, batches: list[dict[str, Any]], counted: list[int] | None = None
     ) -> list[BatchLoss]:
+        # Trainer has put another one in place by now if the model is sharded.
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.step_settings.policy = self.model_wrapped if is_deepspeed else self.model
         self._check_models_once(batches)
         return score_window(
             self.step_settings,
             batches,
-            self.accelerator,
             counted=counted,
             single_pass=self._single_pass,
         )
@@ -292,26 +283,21 @@ class KTOTrainer(Trainer):
         done: Tensor | float = 0.0
         with nullcontext() if training else evaluating(model):
             for groups in batch_loss.plan[:-1]:
-                with self._deferring_reduction(model):
+                with before_the_last_pass(model, self.accelerator):
                     loss = batch_loss.pass_loss(model, groups)
                     if training:
-                        self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+                        self._backward(loss)
                 done = done + loss.detach()
             loss = batch_loss.pass_loss(model, batch_loss.plan[-1]) + done
         self._record(batch_loss, training)
+        if training and self.accelerator.sync_gradients:
+            self._check_step()  # now, since DeepSpeed's optimizer steps within the backward
         return (loss, {}) if return_outputs else loss
 
-    @contextmanager
-    def _deferring_reduction(self, model: nn.Module) -> Iterator[None]:
-        """Gradients of passes before the last are accumulated, not reduced over ranks."""
-        state = self.accelerator.gradient_state
-        sync_gradients = state.sync_gradients
-        state._set_sync_gradients(False)
-        try:
-            with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
-                yield
-        finally:
-            state._set_sync_gradients(sync_gradients)
+    def _backward(self, loss: Tensor) -> None:
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        kwargs = {"scale_wrt_gas": False} if is_deepspeed else {}  # as Trainer does
+        self.accelerator.backward(loss / self.current_gradient_accumulation_steps, **kwargs)
 
     def prediction_step(
         self,
@@ -343,7 +329,7 @@ class KTOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training metrics since the last log; those of an evaluation are in already."""
         if "loss" in logs or "train_runtime" in logs:
-            values, _ = self._train_metrics.collect(self._sum_over_ranks)
+            values, _ = self._train_metrics.collect(self.ranks.sum)
             if values:
                 logs |= values | {"num_tokens": float(self._token_count.num_tokens)}
         super().log(logs, start_time)
@@ -376,7 +362,7 @@ class KTOTrainer(Trainer):
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        values, loss = self._eval_metrics.collect(self._sum_over_ranks)
+        values, loss = self._eval_metrics.collect(self.ranks.sum)
         if loss is not None:
             values |= {"loss": loss, "num_tokens": float(self._token_count.num_tokens)}
         output.metrics.update({f"{metric_key_prefix}_{key}": v for key, v in values.items()})
@@ -405,7 +391,7 @@ class KTOTrainer(Trainer):
         sequences = [one for batch in batches for one in matched_sequences(batch, max_length)]
         longest = sorted(sequences, key=lambda sequence: -sequence.length)[:2]
         rows = [torch.cat([one.prompt, one.completion]) for one in longest]
-        policy, reference = self.model, self.reference.model
+        policy, reference = self.step_settings.policy, self.reference.model
         check_head(policy, rows)
         settings = self.step_settings
         settings.policy_layout = self._choose_layout(policy, "policy", rows)
@@ -418,8 +404,8 @@ class KTOTrainer(Trainer):
     def _choose_layout(self, model: nn.Module, name: str, rows: list[Tensor]) -> Layout:
         """The best layout of passes that is exact for the model on all ranks."""
         check = choose_layout(model, rows)
-        unpacked = torch.tensor(float(check.layout is not Layout.PACKED), device=self.args.device)
-        if self._sum_over_ranks(unpacked).item() and check.layout is Layout.PACKED:
+        packed = check.layout is Layout.PACKED
+        if packed != self.ranks.all(packed):
             check = PackingCheck(Layout.PADDED, "another rank found it inexact")
         if check.reason:
             logger.warning("Passes of the %s are not packed: %s.", name, check.reason)

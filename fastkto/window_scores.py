@@ -6,22 +6,22 @@ policy on mismatched ones, and a router's expert counts.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fastkto.data.batch import TokenSequence
 from fastkto.head_check import evaluating
 from fastkto.passes import (
-    Group,
     Layout,
+    Plan,
     computed_tokens,
     move_index,
     plan_passes,
     sequence_logprobs,
 )
+from fastkto.sharding import release_gathered
 from fastkto.step import BatchLoss, StepSettings
 from fastkto.window import pair_window
 
@@ -35,7 +35,6 @@ _LONG_PROMPT = 128
 def score_window(
     settings: StepSettings,
     batches: Sequence[dict[str, Any]],
-    accelerator: Accelerator,
     *,
     counted: Sequence[int] | None = None,
     single_pass: bool = False,
@@ -45,7 +44,7 @@ def score_window(
     `counted` is as for `pair_window`. With `single_pass` each of them is one pass over all rows,
     whatever its size.
     """
-    args = settings.args
+    args, accelerator = settings.args, settings.ranks.accelerator
     window = pair_window(
         batches,
         kl_scope=args.kl_scope,
@@ -61,49 +60,67 @@ def score_window(
         if args.kl_scope == "window":
             # The mean over micro-batches and ranks is then the mean over the window's rows.
             loss.num_rows = window.num_rows / (len(batches) * accelerator.num_processes)
-        loss.plan = _plan_gradient(loss, single_pass)
         losses.append(loss)
+    jobs = _plan(settings, losses, single_pass)
     # Dropout would be noise, and gradient checkpointing only cost, where no gradient is needed.
     with evaluating(settings.policy):
-        _score(settings, losses)
+        _score(settings, losses, jobs)
         if settings.has_router:
             _count_experts(losses)
     return losses
 
 
-def _plan_gradient(loss: BatchLoss, single_pass: bool) -> list[list[Group]]:
-    args, layout = loss.settings.args, loss.settings.policy_layout
-    if single_pass:
-        plan = [[[row] for row in range(len(loss.matched))]]
-    else:
-        # A router's loss is over the tokens of all rows, so there each row has its own prompt.
-        share_prompts = not loss.settings.has_router
-        plan = plan_passes(
-            loss.matched, args.max_tokens_per_pass, layout, share_prompts=share_prompts
-        )
-    _count_tokens(loss, loss.matched, plan, layout)
-    return plan
+class _Job(NamedTuple):
+    """Sequences that one model scores, and in which passes."""
+
+    sequences: list[TokenSequence]
+    plan: Plan
+    layout: Layout
 
 
-def _score(settings: StepSettings, losses: Sequence[BatchLoss]) -> None:
+class _Jobs(NamedTuple):
+    """What is scored without gradient for the losses of a step."""
+
+    reference: list[_Job]  # matched sequences, then mismatched ones, in one job or in two
+    policy: list[_Job]  # mismatched sequences; none if the loss needs no KL estimate
+
+
+def _plan(settings: StepSettings, losses: Sequence[BatchLoss], single_pass: bool) -> _Jobs:
+    """Plan the passes of every loss, and of what is scored before them."""
     matched = [sequence for loss in losses for sequence in loss.matched]
     mismatched = [sequence for loss in losses for sequence in loss.mismatched]
     if not settings.args.needs_kl:
         mismatched = []
-    with settings.reference.scoring(settings.policy) as reference:
-        layout, share = settings.reference_layout, _saves_tokens(settings, matched + mismatched)
-        # One plan for both, so that a prompt is read once; or the plan that the policy has for the
-        # mismatched ones, so that equal weights give equal bits, and a KL estimate of exactly 0.
-        sets = [matched + mismatched] if share else [matched, mismatched]
-        scores = [_logprobs(losses[0], reference, layout, one, share=share) for one in sets]
-    logprob = torch.cat(scores)[: len(matched)]
-    for loss, part in zip(losses, logprob.split([len(one.matched) for one in losses]), strict=True):
-        loss.reference_logprob = part
-    if settings.args.needs_kl:
-        policy_logprob = _logprobs(
-            losses[0], settings.policy, settings.policy_layout, mismatched, share=share
-        )
-        _estimate_kl(settings, losses, policy_logprob - torch.cat(scores)[len(matched) :])
+    share = _saves_tokens(settings, matched + mismatched)
+    if settings.ranks.in_lockstep:
+        share = settings.ranks.all(share)
+    # One plan for both, so that a prompt is read once; or the plan that the policy has for the
+    # mismatched ones, so that equal weights give equal bits, and a KL estimate of exactly 0.
+    reference_sets = [matched + mismatched] if share else [matched, mismatched]
+    policy_sets = [mismatched] if settings.args.needs_kl else []
+    layouts = [settings.reference_layout] * len(reference_sets)
+    layouts += [settings.policy_layout] * len(policy_sets)
+    sets = list(zip(reference_sets + policy_sets, layouts, strict=True))
+    budget = settings.args.no_grad_tokens
+    plans = [plan_passes(one, budget, layout, share_prompts=share) for one, layout in sets]
+    plans = settings.ranks.level([*(_plan_gradient(loss, single_pass) for loss in losses), *plans])
+    for loss, plan in zip(losses, plans, strict=False):
+        loss.plan = plan
+        _count_tokens(loss, _Job(loss.matched, plan, settings.policy_layout))
+    no_grad_plans = plans[len(losses) :]
+    jobs = [_Job(one, plan, way) for (one, way), plan in zip(sets, no_grad_plans, strict=True)]
+    for job in jobs:
+        _count_tokens(losses[0], job)
+    return _Jobs(jobs[: len(reference_sets)], jobs[len(reference_sets) :])
+
+
+def _plan_gradient(loss: BatchLoss, single_pass: bool) -> Plan:
+    args, layout = loss.settings.args, loss.settings.policy_layout
+    if single_pass:
+        return [[[row] for row in range(len(loss.matched))]]
+    # A router's loss is over the tokens of all rows, so there each row has its own prompt.
+    share_prompts = not loss.settings.has_router
+    return plan_passes(loss.matched, args.max_tokens_per_pass, layout, share_prompts=share_prompts)
 
 
 def _saves_tokens(settings: StepSettings, sequences: Sequence[TokenSequence]) -> bool:
@@ -117,32 +134,31 @@ def _saves_tokens(settings: StepSettings, sequences: Sequence[TokenSequence]) ->
     return sum(saved) >= max(_LEAST_SAVED * total, _LONG_PROMPT * len(shared), 1)
 
 
-def _logprobs(
-    loss: BatchLoss,
-    model: nn.Module,
-    layout: Layout,
-    sequences: list[TokenSequence],
-    *,
-    share: bool,
-) -> Tensor:
-    """Log-probability of each completion, [len(sequences)] fp64; counts the tokens in `loss`."""
-    settings = loss.settings
-    plan = plan_passes(sequences, settings.args.no_grad_tokens, layout, share_prompts=share)
-    _count_tokens(loss, sequences, plan, layout)
-    logprob = sequence_logprobs(model, sequences, plan, layout, backend=settings.args.backend)
-    return logprob.to(loss.is_desirable.device)
-
-
-def _count_tokens(
-    loss: BatchLoss,
-    sequences: Sequence[TokenSequence],
-    plan: Sequence[list[Group]],
-    layout: Layout,
-) -> None:
+def _count_tokens(loss: BatchLoss, job: _Job) -> None:
+    sequences, plan, layout = job
     loss.add(
         sequence_tokens=sum(sequence.length for sequence in sequences),
         computed_tokens=sum(computed_tokens(sequences, groups, layout) for groups in plan),
     )
+
+
+def _score(settings: StepSettings, losses: Sequence[BatchLoss], jobs: _Jobs) -> None:
+    with settings.reference.scoring(settings.policy) as reference:
+        logprob = torch.cat([_logprobs(losses[0], reference, job) for job in jobs.reference])
+    if settings.reference.model is not None:
+        release_gathered(settings.reference.model)
+    sizes = [len(loss.matched) for loss in losses]
+    for loss, part in zip(losses, logprob[: sum(sizes)].split(sizes), strict=True):
+        loss.reference_logprob = part
+    for job in jobs.policy:
+        policy_logprob = _logprobs(losses[0], settings.policy, job)
+        _estimate_kl(settings, losses, policy_logprob - logprob[sum(sizes) :])
+
+
+def _logprobs(loss: BatchLoss, model: nn.Module, job: _Job) -> Tensor:
+    """Log-probability of each completion, [len(job.sequences)] fp64."""
+    device, backend = loss.is_desirable.device, loss.settings.args.backend
+    return sequence_logprobs(model, *job, device=device, backend=backend)
 
 
 def _estimate_kl(settings: StepSettings, losses: Sequence[BatchLoss], log_ratio: Tensor) -> None:
@@ -159,7 +175,7 @@ def _estimate_kl(settings: StepSettings, losses: Sequence[BatchLoss], log_ratio:
     local = torch.stack(table)  # [micro-batches, 2]
     if settings.args.kl_scope == "window":
         local = local.sum(0).expand_as(local)
-    total = settings.reduce(local.clone())
+    total = settings.ranks.sum(local.clone())
     for loss, (kl_sum, kl_rows), (all_sum, all_rows) in zip(losses, local, total, strict=True):
         loss.add(kl_sum=kl_sum, kl_rows=kl_rows)
         loss.kl = (all_sum / all_rows.clamp(min=1)).clamp(min=0)

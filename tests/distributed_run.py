@@ -2,6 +2,7 @@
 
     python tests/distributed_run.py OUTPUT_DIR
     torchrun --nproc-per-node 2 tests/distributed_run.py OUTPUT_DIR
+    torchrun --nproc-per-node 2 tests/distributed_run.py OUTPUT_DIR fsdp
 
 Writes the logs, final weights and each rank's numbers of passes to OUTPUT_DIR, case by case.
 """
@@ -18,6 +19,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 
 import fastkto.trainer
 from fastkto import KTOConfig, KTOTrainer
@@ -25,22 +27,35 @@ from fastkto.data.batch import split_rows
 from fastkto.step import BatchLoss
 from fastkto.window import PairedBatch, Window, pair_window
 from fastkto.window_scores import score_window
+from tests.fsdp_on_cpu import allow_fsdp_on_cpu
 from tests.models import tiny_model, tiny_tokenizer
 
 RANK_BATCH = 4
 WORLD_SIZE = 2
 CASES: dict[str, dict[str, Any]] = {
     "kto": {},
+    "tied": {"gradient_accumulation_steps": 2},
+    "window": {"kl_scope": "window", "kl_pairing": "distinct"},
     "apo": {"loss_type": "apo_zero_unpaired"},
     "lora": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
     # The router's loss is that of a rank's batch, so one process takes the ranks' batches in turn,
     # which leaves a KL estimate over both no room.
     "mixtral": {"router_aux_loss_coef": 0.5, "loss_type": "apo_zero_unpaired"},
 }
+FSDP_CASES = CASES | {
+    # To reduce gradients at the last pass of the last micro-batch only.
+    "deferred": {
+        "gradient_accumulation_steps": 2,
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": False}},
+    },
+}
+ALIKE = {"deferred": "tied"}  # one process has nothing to defer
 
 
 def pair_within_ranks(batches: list[dict[str, Any]], **options: Any) -> Window:
     """One process's batches paired as two processes pair them: inside each rank's rows."""
+    if options["kl_scope"] == "window":
+        return pair_window(batches, **options)
     paired = []
     counted = options.pop("counted") or [len(batch["rows"]) for batch in batches]
     for batch, count in zip(batches, counted, strict=True):
@@ -86,10 +101,12 @@ def score_and_count(*args: Any, **options: Any) -> list[BatchLoss]:
     return losses
 
 
-def run(case: str, directory: Path) -> None:
+def run(case: str, directory: Path, *, fsdp: bool = False) -> None:
     passes.clear()
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    config = {"gradient_checkpointing": False, **CASES[case]}
+    config = {"gradient_checkpointing": False, **FSDP_CASES[case]}
+    if fsdp:
+        config |= {"fsdp": True}
     batch = RANK_BATCH
     if alone and case == "mixtral":
         config["gradient_accumulation_steps"] = WORLD_SIZE
@@ -117,9 +134,10 @@ def run(case: str, directory: Path) -> None:
         use_cpu=True,
         **config,
     )
+    tied = case in ("tied", "deferred")
     trainer = KTOTrainer(
-        model=tiny_model(family, seed=1),
-        ref_model=None if peft_config else tiny_model(family, seed=2),
+        model=tiny_model(family, seed=2, tied=tied),
+        ref_model=None if peft_config else tiny_model(family, seed=1),
         args=args,
         train_dataset=rows(48),
         eval_dataset=rows(13),
@@ -132,7 +150,7 @@ def run(case: str, directory: Path) -> None:
     streamed = trainer.evaluate(rows(13).to_iterable_dataset())
     rank = trainer.args.process_index
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    weights = {n: whole(p) for n, p in trainer.model.named_parameters() if p.requires_grad}
     torch.save(weights, directory / f"weights{rank}.pt")
     logs = [log for log in trainer.state.log_history if "loss" in log]
     result = {
@@ -144,10 +162,18 @@ def run(case: str, directory: Path) -> None:
     (directory / f"result{rank}.json").write_text(json.dumps(result))
 
 
+def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 if __name__ == "__main__":
+    fsdp = sys.argv[2:] == ["fsdp"]
     fastkto.trainer.score_window = score_and_count
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         fastkto.window_scores.pair_window = pair_within_ranks
-    for case in CASES:
-        run(case, Path(sys.argv[1]) / case)
+    if fsdp:
+        allow_fsdp_on_cpu()
+    for case in FSDP_CASES if fsdp else CASES:
+        run(case, Path(sys.argv[1]) / case, fsdp=fsdp)
     PartialState().destroy_process_group()

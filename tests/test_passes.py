@@ -154,7 +154,8 @@ def test_sequence_logprobs_do_not_depend_on_the_plan(budget: int, layout: Layout
     choose(model)
     for share in (False, True):
         plan = plan_passes(sequences, budget, layout, share_prompts=share)
-        actual = sequence_logprobs(model, sequences, plan, layout)
+        device = torch.device("cpu")
+        actual = sequence_logprobs(model, sequences, plan, layout, device=device)
         assert actual.dtype == torch.float64
         torch.testing.assert_close(actual, truth, rtol=1e-5, atol=1e-5)
 
