@@ -40,6 +40,16 @@ def keep_outputs_in_fp32(accelerator: Accelerator) -> None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
+def shard_untrained(trainer: Any) -> None:
+    """Divide a trainer's policy for an evaluation before training.
+
+    accelerate prepares models for FSDP2 with their optimizer only.
+    """
+    policy = fsdp2_prepare_model(trainer.accelerator, trainer.model)
+    trainer.model = trainer.model_wrapped = policy
+    trainer.accelerator._models.append(policy)
+
+
 def prepare_reference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """The reference model, placed or divided as the policy will be."""
     if accelerator.is_fsdp2:

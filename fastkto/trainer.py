@@ -50,7 +50,12 @@ from fastkto.policy import (
 from fastkto.ranks import Ranks
 from fastkto.reference import choose_reference
 from fastkto.repeats import RepeatedRows
-from fastkto.sharding import before_the_last_pass, keep_outputs_in_fp32, prepare_reference
+from fastkto.sharding import (
+    before_the_last_pass,
+    keep_outputs_in_fp32,
+    prepare_reference,
+    shard_untrained,
+)
 from fastkto.step import BatchLoss, StepSettings
 from fastkto.step_check import StepCheck
 from fastkto.window_scores import score_window
@@ -359,6 +364,8 @@ class KTOTrainer(Trainer):
         """As in `Trainer`, with the mean loss over rows and the metrics of training."""
         self._eval_metrics.clear()
         self._repeated_rows.start()
+        if self.accelerator.is_fsdp2 and not self.accelerator._models:
+            shard_untrained(self)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )

@@ -19,7 +19,12 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
 
 import fastkto.trainer
 from fastkto import KTOConfig, KTOTrainer
@@ -32,6 +37,7 @@ from tests.models import tiny_model, tiny_tokenizer
 
 RANK_BATCH = 4
 WORLD_SIZE = 2
+STEPS = 3
 CASES: dict[str, dict[str, Any]] = {
     "kto": {},
     "tied": {"gradient_accumulation_steps": 2},
@@ -92,6 +98,33 @@ def rows(count: int) -> Dataset:
 
 
 passes: list[int] = []
+reductions: list[str] = []
+
+
+class CountReductions(TrainerCallback):
+    """Remembers each reduction of gradients over ranks, one for each group that is reduced."""
+
+    trainer: KTOTrainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        model = self.trainer.model_wrapped
+        if isinstance(model, DistributedDataParallel):
+            model.register_comm_hook(None, count_and_reduce)
+
+
+def count_and_reduce(state, bucket):  # DistributedDataParallel looks at annotations
+    reductions.append("bucket")
+    return allreduce_hook(None, bucket)
+
+
+def count_fsdp_reductions() -> None:
+    reduce = _fsdp_param_group.foreach_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        reductions.append("group")
+        return reduce(*args, **kwargs)
+
+    _fsdp_param_group.foreach_reduce = counted
 
 
 def score_and_count(*args: Any, **options: Any) -> list[BatchLoss]:
@@ -103,6 +136,7 @@ def score_and_count(*args: Any, **options: Any) -> list[BatchLoss]:
 
 def run(case: str, directory: Path, *, fsdp: bool = False) -> None:
     passes.clear()
+    reductions.clear()
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     config = {"gradient_checkpointing": False, **FSDP_CASES[case]}
     if fsdp:
@@ -123,7 +157,7 @@ def run(case: str, directory: Path, *, fsdp: bool = False) -> None:
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
         max_tokens_per_pass=70,
-        max_steps=3,
+        max_steps=STEPS,
         logging_steps=1,
         learning_rate=0.05,
         optim="sgd",
@@ -134,6 +168,7 @@ def run(case: str, directory: Path, *, fsdp: bool = False) -> None:
         use_cpu=True,
         **config,
     )
+    counter = CountReductions()
     tied = case in ("tied", "deferred")
     trainer = KTOTrainer(
         model=tiny_model(family, seed=2, tied=tied),
@@ -143,9 +178,11 @@ def run(case: str, directory: Path, *, fsdp: bool = False) -> None:
         eval_dataset=rows(13),
         processing_class=tiny_tokenizer(),
         peft_config=peft_config,
+        callbacks=[counter],
     )
+    counter.trainer = trainer
     trainer.train()
-    training_passes = list(passes)
+    training_passes, training_reductions = list(passes), len(reductions)
     evaluation = trainer.evaluate()
     streamed = trainer.evaluate(rows(13).to_iterable_dataset())
     rank = trainer.args.process_index
@@ -158,8 +195,17 @@ def run(case: str, directory: Path, *, fsdp: bool = False) -> None:
         "evaluation": evaluation,
         "streamed": streamed,
         "passes": training_passes,
+        "reductions": training_reductions,
+        "groups": trained_groups(trainer.model),
     }
     (directory / f"result{rank}.json").write_text(json.dumps(result))
+
+
+def trained_groups(model: torch.nn.Module) -> int:
+    """How many groups of parameters FSDP2 reduces; 0 without it."""
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = {module._get_fsdp_state()._fsdp_param_group for module in modules} - {None}
+    return sum(any(p.sharded_param.requires_grad for p in g.fsdp_params) for g in groups)
 
 
 def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -174,6 +220,7 @@ if __name__ == "__main__":
         fastkto.window_scores.pair_window = pair_within_ranks
     if fsdp:
         allow_fsdp_on_cpu()
+        count_fsdp_reductions()
     for case in FSDP_CASES if fsdp else CASES:
         run(case, Path(sys.argv[1]) / case, fsdp=fsdp)
     PartialState().destroy_process_group()

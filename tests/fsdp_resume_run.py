@@ -64,6 +64,7 @@ def build(case: str, directory: Path, **config: Any) -> KTOTrainer:
             **({"bf16": False} | CASES[case] | config),
         ),
         train_dataset=rows(48),
+        eval_dataset=rows(13),
         processing_class=tiny_tokenizer(),
         peft_config=LORA if case == "lora" else None,
     )
@@ -112,6 +113,8 @@ def main(directory: Path) -> None:
         trainer.save_model(str(directory / case / "model"))
         complete = result(trainer)
         resumed = build(case, directory / case)
+        if case in ("full", "lora"):
+            resumed.evaluate()
         resumed.train(resume_from_checkpoint=str(directory / case / f"checkpoint-{MIDDLE}"))
         after, observed = result(resumed), facts(resumed)
         if trainer.is_world_process_zero():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed_run import ALIKE, CASES, FSDP_CASES, WORLD_SIZE
+from tests.distributed_run import ALIKE, CASES, FSDP_CASES, STEPS, WORLD_SIZE
 from tests.launch import launch
 
 SCRIPT = Path(__file__).parent / "distributed_run.py"
@@ -68,3 +68,12 @@ def test_two_processes_equal_one(wrapping: str, case: str, runs: Path) -> None:
         if not any(part in name for part in ("runtime", "per_second", "preparation")):
             for kind in ("evaluation", "streamed"):
                 assert first[kind][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("case", FSDP_CASES)
+def test_gradients_are_reduced_once_a_step_or_at_every_pass(case: str, runs: Path) -> None:
+    if case in CASES:
+        assert result(runs / "ddp" / case, 0)["reductions"] == STEPS
+    fsdp = result(runs / "fsdp" / case, 0)
+    times = STEPS if case == "deferred" else sum(fsdp["passes"])
+    assert times >= STEPS and fsdp["reductions"] == times * fsdp["groups"]

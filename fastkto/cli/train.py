@@ -46,6 +46,8 @@ def train(arguments: Arguments) -> None:
     about = f"rank {args.process_index}" if args.world_size > 1 else ""
     with mistakes(about=about, everywhere=True):
         result = trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.is_fsdp_enabled:  # else save_model writes nothing for sharded checkpoints
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)
         evaluation = evaluate(trainer)
