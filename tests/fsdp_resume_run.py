@@ -7,6 +7,7 @@ Of each case the whole run's weights, and those of one that goes on from its mid
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": True},
     "lora": {},
     "frozen adapter": {},
+    "read by rank 0": {"fsdp_config": {"cpu_ram_efficient_loading": True}},
 }
+OWN_REFERENCE = ("full", "sharded checkpoint", "bf16")
 STEPS, MIDDLE = 4, 2
 LORA = LoraConfig(
     r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
@@ -43,11 +46,17 @@ def build(case: str, directory: Path, **config: Any) -> KTOTrainer:
     """A trainer whose model and adapter are the same each time."""
     torch.manual_seed(0)
     model: Any = tiny_model("llama", seed=2)
+    if case == "read by rank 0":
+        # As `accelerate launch` sets it; the last run has turned it off.
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+        model.save_pretrained(directory / f"initial{torch.distributed.get_rank()}")
+        torch.distributed.barrier()
+        model = str(directory / "initial0")
     if case == "frozen adapter":
         model = get_peft_model(model, LORA)
     return KTOTrainer(
         model=model,
-        ref_model=None if case in ("lora", "frozen adapter") else tiny_model("llama", seed=1),
+        ref_model=tiny_model("llama", seed=1) if case in OWN_REFERENCE else None,
         args=KTOConfig(
             output_dir=str(directory),
             per_device_train_batch_size=4,

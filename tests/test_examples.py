@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 
 from fastkto.cli import main
 from fastkto.data.load import load_rows
@@ -40,3 +42,12 @@ def test_the_script_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     variables = runpy.run_path(str(script))
     assert variables["trainer"].state.global_step == 31
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_accelerate_takes_the_fsdp_configuration() -> None:
+    path = str(EXAMPLES / "fsdp2.yaml")
+    config = load_config_from_file(path)
+    assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
+    options = [f"--{name}={value}" for name, value in config.fsdp_config.items()]
+    args = launch_command_parser().parse_args([*options, "script.py"])  # it knows all of them
+    assert args.fsdp_version == "2" and args.fsdp_state_dict_type == "FULL_STATE_DICT"

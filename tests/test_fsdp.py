@@ -64,3 +64,10 @@ def test_models_are_divided_and_scores_are_not_rounded(case: str, runs: Path) ->
     assert facts["layouts"] == {"packed"}
     assert facts["score_dtypes"] == {torch.float32}
     assert facts["fractional_bits"], "log-probabilities should not be bf16 values"
+
+
+@pytest.mark.parametrize("case", ["read by rank 0", "frozen adapter"])
+def test_the_reference_is_the_initial_policy_on_every_rank(case: str, runs: Path) -> None:
+    first = load(runs, case)["complete"]["logs"][0]
+    assert first["loss"] == pytest.approx(0.5, abs=1e-6)
+    assert first["rewards/chosen"] == first["kl_raw"] == 0.0
