@@ -624,6 +624,7 @@ def test_optimizer_that_steps_in_backward_needs_a_single_pass() -> None:
 def fake_devices(**fields: Any) -> Any:
     accelerator = SimpleNamespace(
         distributed_type=fields.pop("distributed_type", DistributedType.NO),
+        is_fsdp2=False,
         parallelism_config=SimpleNamespace(**fields) if "n_gpu" not in fields else None,
     )
     return SimpleNamespace(
@@ -638,8 +639,8 @@ def fake_devices(**fields: Any) -> Any:
         ({"tp_size": 2}, "tp_size=2; tensor, context and sequence parallelism"),
         ({"cp_size": 4}, "cp_size=4"),
         ({"sp_size": 2}, "sp_size=2"),
-        ({"distributed_type": DistributedType.FSDP}, "FSDP is not supported yet"),
-        ({"distributed_type": DistributedType.DEEPSPEED}, "DEEPSPEED is not supported yet"),
+        ({"distributed_type": DistributedType.FSDP}, "FSDP is set up in its first version"),
+        ({"distributed_type": DistributedType.MEGATRON_LM}, "Megatron-LM is not supported"),
     ],
 )
 def test_devices_are_refused(devices: dict[str, Any], message: str) -> None:
