@@ -249,6 +249,15 @@ def test_mixing_across_segments_is_caught(
     assert (", and padding changes its scores by" in result.reason) == (layout is Layout.ALONE)
 
 
+def test_mixing_of_a_few_tokens_in_a_long_row_is_caught() -> None:
+    """In the mean over the row it is less than bf16 rounds."""
+    model = tiny_model("llama", seed=1)
+    model.model.layers[1].mlp = CausalConvolution(model.model.layers[1].mlp)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(4, 100, (256,), generator=generator) for _ in range(2)]
+    assert check(model.bfloat16(), rows).layout is Layout.PADDED
+
+
 def test_a_layer_that_ignores_restarting_positions_is_caught() -> None:
     model = tiny_model("gpt2", seed=1)
     embed = model.transformer.wpe.forward
