@@ -6,7 +6,6 @@ there that are transformers' own, unless a call has `segments`: then they attend
 """
 
 import inspect
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastkto.segments import Segments
+from fastkto.segments import LayerCall, Segments
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -60,12 +59,18 @@ def segmented(own: Attention, name: str) -> Attention:
     attend = {"sdpa": _attend_sdpa, "flex_attention": _attend_flex}.get(name, _attend_flash)
 
     def attention(
-        module: nn.Module, *args: Any, segments: Segments | None = None, **kwargs: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        segments: Segments | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if segments is None:
-            return own(module, *args, **kwargs)
-        segments.windows_seen.append(kwargs.get("sliding_window"))
-        query, key, value = args[:3]
+            return own(module, query, key, value, attention_mask, **kwargs)
+        _note_call(segments, value, attention_mask, kwargs.get("sliding_window"))
         return attend(partial(own, module), query, key, value, segments, **kwargs), None
 
     attention.is_segmented = True  # type: ignore[attr-defined]
@@ -78,20 +83,21 @@ def is_segmented(function: Attention) -> bool:
 
 
 def attend_eager(
-    module: nn.Module, *args: Any, segments: Segments | None = None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    segments: Segments | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The family's attention in plain PyTorch, on each segment if there are any."""
-    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if own is None:
-        raise NotImplementedError(
-            f"{type(module).__name__} has no eager_attention_forward beside it, which "
-            'attn_implementation="eager" needs here; load the model with another one'
-        )
+    own = _family_eager(module)
     if segments is None:
-        return own(module, *args, **kwargs)
-    query, key, value = args[:3]
+        return own(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.pop("sliding_window", None)
-    segments.windows_seen.append(window)
+    _note_call(segments, value, attention_mask, window)
     outputs = []
     for part in segments.parts(window, always_masked=True):
         attends = part.mask(query.device)
@@ -103,15 +109,33 @@ def attend_eager(
     return torch.cat(outputs, 1), None
 
 
+def _family_eager(module: nn.Module) -> Attention:
+    """The `eager_attention_forward` that the attention's own code refers to."""
+    for kind in type(module).__mro__:
+        forward: Any = vars(kind).get("forward")
+        own = getattr(inspect.unwrap(forward), "__globals__", {}).get("eager_attention_forward")
+        if own is not None:
+            return own
+    raise NotImplementedError(
+        f"{type(module).__name__} has no eager_attention_forward beside it, which "
+        'attn_implementation="eager" needs here; load the model with another one'
+    )
+
+
+def _note_call(segments: Segments, value: Tensor, mask: Tensor | None, window: int | None) -> None:
+    has_mask = mask is not None and mask.numel() > 1  # the one that `run_pass` hands out has one
+    segments.calls.append(LayerCall(window, value.dtype, has_mask))
+
+
 def _attend_flash(
     own: Attention, query: Tensor, key: Tensor, value: Tensor, segments: Segments, **kwargs: Any
 ) -> Tensor:
     """FlashAttention; given the segments, transformers reads nothing back from the device."""
-    kwargs["attention_mask"] = None
     output, _ = own(
         query,
         segments.gather_keys(key),
         segments.gather_keys(value),
+        None,
         cu_seq_lens_q=segments.queries_before,
         cu_seq_lens_k=segments.keys_before,
         max_length_q=segments.most_queries,
@@ -124,8 +148,8 @@ def _attend_flash(
 def _attend_flex(
     own: Attention, query: Tensor, key: Tensor, value: Tensor, segments: Segments, **kwargs: Any
 ) -> Tensor:
-    kwargs["attention_mask"] = segments.block_mask(kwargs.pop("sliding_window", None), query.device)
-    output, _ = own(query, key, value, **kwargs)
+    mask = segments.block_mask(kwargs.pop("sliding_window", None), query.device)
+    output, _ = own(query, key, value, mask, **kwargs)
     return output
 
 
@@ -134,6 +158,8 @@ def _attend_sdpa(
 ) -> Tensor:
     """PyTorch's varlen_attn where it can run, else scaled_dot_product_attention on each part."""
     window = kwargs.pop("sliding_window", None)
+    # As SDPA would: rotary embeddings in fp32 leave queries wider than the values.
+    query, key, value = map(_as_autocast, (query, key, value))
     if _has_varlen(query, value, kwargs.get("dropout", 0.0)):
         return _attend_varlen(query, key, value, segments, kwargs.get("scaling"), window)
     outputs = []
@@ -170,12 +196,24 @@ def _attend_varlen(
     return output[None]
 
 
+def _as_autocast(states: Tensor) -> Tensor:
+    """In the dtype of autocast where that is on."""
+    device = states.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return states.to(torch.get_autocast_dtype(device))
+    return states
+
+
 def _has_varlen(query: Tensor, value: Tensor, dropout: float) -> bool:
+    head_dim = query.shape[-1]
     return (
         query.device.type == "cuda"
         and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] == value.shape[-1] <= 256
+        and head_dim == value.shape[-1]
+        and head_dim % 8 == 0
+        # Between 192 and 224 its backward does not run on consumer GPUs.
+        and (head_dim <= 192 or 224 < head_dim <= 256)
         and dropout == 0.0
-        and "window_size" in _VARLEN_ARGUMENTS
+        and {"scale", "window_size"} <= set(_VARLEN_ARGUMENTS)
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )

@@ -1,8 +1,9 @@
 """Which layout of a pass is exact for a model? Asked once, before anything is trained.
 
 A packed row is right only if every layer that mixes tokens heeds the segments and nothing else does
-mix them. What a config says rules some models out; two real rows show the rest: scored in one row,
-a sequence must score as it does alone, and must not notice what stands before it.
+mix them. What a config says rules some models out; real rows show the rest: a sequence must score
+as it does alone, in a packed row with others as well as in a padded pass, and must not notice what
+stands before it.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkto.attention import enable_segments
+from fastkto.attention import disable_segments, enable_segments
 from fastkto.data.batch import TokenSequence
 from fastkto.head import scoring_model
 from fastkto.head_check import evaluating, unit_rounding
-from fastkto.passes import Layout, Pass, build_pass, plan_passes, run_pass
+from fastkto.passes import Group, Layout, build_pass, run_pass
+from fastkto.segments import Segments
 
 MAX_TOKENS = 256  # of each row
+# What mixes neighbours changes the first tokens behind another sequence most.
+_FIRST_TOKENS = 8
 # Rotary embeddings whose frequencies depend on the longest position of the whole call.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -43,15 +47,24 @@ def choose_layout(model: nn.Module, rows: Sequence[Tensor]) -> PackingCheck:
             tokens.
     """
     expected = expected_layout(model)
-    if expected.layout is not Layout.PACKED:
+    if expected.layout is Layout.ALONE:
         return expected
-    inner = scoring_model(model)
-    enable_segments(inner)
     first, second = [row[:MAX_TOKENS] for row in (rows[-1], rows[0])]
     if len(second) < 2:
         return PackingCheck(Layout.PADDED, "there is no sequence of two tokens to try it on")
-    reason = _reason_from_scores(model, inner, first, second)
-    return PackingCheck(Layout.PADDED if reason else Layout.PACKED, reason)
+    trial = _Trial(model, first, second)
+    # Whatever comes out, all ranks run the same forwards of a sharded model.
+    with evaluating(model):
+        alone = trial.alone()
+        padded_error = trial.padded_error(alone)
+        reason = expected.reason or trial.reason_not_to_pack(alone)
+    if not reason:
+        return PackingCheck(Layout.PACKED, "")
+    if padded_error <= trial.tolerance(alone):
+        return PackingCheck(Layout.PADDED, reason)
+    return PackingCheck(
+        Layout.ALONE, f"{reason}, and padding changes its scores by {padded_error:.2g} nats a token"
+    )
 
 
 def expected_layout(model: nn.Module) -> PackingCheck:
@@ -98,48 +111,95 @@ def _learns_a_prompt(model: PeftModel) -> bool:
     return any(config.is_prompt_learning for config in model.peft_config.values())
 
 
-def _reason_from_scores(
-    model: nn.Module, inner: PreTrainedModel, first: Tensor, second: Tensor
-) -> str:
-    other = first.flip(0) if not torch.equal(first, first.flip(0)) else first.roll(1)
-    with evaluating(model):
-        alone = run_pass(model, _pass_over([second], Layout.PADDED)).logprob
-        packed = _pass_over([first, second], Layout.PACKED)
-        behind = run_pass(model, packed).logprob[-len(alone) :]
-        behind_other = run_pass(model, _pass_over([other, second], Layout.PACKED)).logprob
-    if reason := _unheeded(inner, packed):
+class _Trial:
+    """A few sequences scored in every layout: the rows, and two completions of one prompt."""
+
+    def __init__(self, model: nn.Module, first: Tensor, second: Tensor) -> None:
+        self.model, self.inner = model, scoring_model(model)
+        self.rounding = unit_rounding(self.inner.dtype)
+        middle = len(second) // 2
+        prompt, completion = second[:middle], second[middle:]
+        other = completion.flip(0)[: (len(completion) + 1) // 2]
+        changed = first.flip(0) if not torch.equal(first, first.flip(0)) else first.roll(1)
+        self.sequences = [
+            TokenSequence(first[:1], first[1:], 0),
+            TokenSequence(changed[:1], changed[1:], 1),
+            TokenSequence(second[:1], second[1:], 2),
+            TokenSequence(prompt, completion, 3),
+            TokenSequence(prompt, other, 3),
+        ]
+
+    def alone(self) -> list[Tensor]:
+        """Scores [T - 1] of the second row and [t] of the other completion."""
+        return [self._scores([[row]], Layout.PADDED)[0] for row in (2, 4)]
+
+    def padded_error(self, alone: list[Tensor]) -> float:
+        """Mean error of the worse sequence, in nats a token, in one padded pass."""
+        return _worst(self._scores([[2], [4]], Layout.PADDED), alone)
+
+    def reason_not_to_pack(self, alone: list[Tensor]) -> str:
+        """Why packed passes are not exact; "" if they are. Leaves segments enabled if so."""
+        enable_segments(self.inner)
+        try:
+            reason = self._compare(alone)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model that knows no segments makes of them
+            reason = f"{type(self.inner).__name__} cannot run them ({error})"
+        if reason:
+            disable_segments(self.inner)
         return reason
-    tolerance = 1e-5 + unit_rounding(inner.dtype) * alone.abs().amax()
-    worst = torch.stack([behind - alone, behind - behind_other[-len(alone) :]]).abs().mean(1).amax()
-    if worst <= tolerance:
-        return ""
-    return (
-        f"{type(inner).__name__} scores a sequence differently behind another one, by {worst:.2g} "
-        "nats a token"
-    )
+
+    def _compare(self, alone: list[Tensor]) -> str:
+        second, other = alone
+        _, behind, *shared = self._scores([[0], [2], [3, 4]], Layout.PACKED)
+        _, behind_changed, *_ = self._scores([[1], [2], [3, 4]], Layout.PACKED)
+        if self.unheeded:
+            return self.unheeded
+        leak = _worst([behind[:_FIRST_TOKENS]], [behind_changed[:_FIRST_TOKENS]])
+        error = _worst([behind, *shared], [second, second[-len(shared[0]) :], other])
+        if max(leak, error) <= self.tolerance(alone):
+            return ""
+        return (
+            f"{type(self.inner).__name__} scores a sequence differently behind another one, by "
+            f"{max(leak, error):.2g} nats a token"
+        )
+
+    def tolerance(self, alone: list[Tensor]) -> float:
+        """What rounding explains of a mean error, in nats a token."""
+        return 1e-4 + self.rounding * max(scores.abs().max().item() for scores in alone)
+
+    def _scores(self, groups: list[Group], layout: Layout) -> list[Tensor]:
+        """Scores of each sequence in a pass, in the order of `groups`."""
+        pass_ = build_pass(self.sequences, groups, layout)
+        scores = run_pass(self.model, pass_).logprob
+        if pass_.segments is not None:
+            self.unheeded = _unheeded(self.inner, pass_.segments)
+            # Under autocast the weights do not tell how much is rounded.
+            dtypes = {call.dtype for call in pass_.segments.calls}
+            self.rounding = max(self.rounding, *map(unit_rounding, dtypes), 0.0)
+        return list(scores.split(pass_.offsets.diff().tolist()))
 
 
-def _unheeded(inner: PreTrainedModel, pass_: Pass) -> str:
+def _worst(scores: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest mean error of a sequence; NaN counts as infinite."""
+    errors = [(a - b).abs().mean() for a, b in zip(scores, expected, strict=True) if len(a) > 0]
+    return torch.stack(errors).nan_to_num(nan=torch.inf).max().item()
+
+
+def _unheeded(inner: PreTrainedModel, segments: Segments) -> str:
     """Which attention layers did not heed the segments, or their windows; "" if all did."""
     config: Any = inner.config.get_text_config()
-    assert pass_.segments is not None
-    windows = pass_.segments.windows_seen
-    expected = config.num_hidden_layers
-    if len(windows) != expected:
-        return f"{len(windows)} of {expected} layers attend through transformers' interface"
+    expected, called = config.num_hidden_layers, len(segments.calls)
+    if called != expected:
+        return f"{called} of {expected} layers attend through transformers' interface"
+    if masked := sum(call.has_mask for call in segments.calls):
+        return f"{masked} of {expected} layers make a mask of their own"
     kinds = getattr(config, "layer_types", None)
     sliding = expected if kinds is None and getattr(config, "sliding_window", None) else 0
     if kinds is not None:
         sliding = sum(kind == "sliding_attention" for kind in kinds)
-    heeded = sum(window is not None for window in windows)
+    heeded = sum(call.window is not None for call in segments.calls)
     if heeded != sliding:
         return f"{heeded} of {sliding} layers with a sliding window say so"
     return ""
-
-
-def _pass_over(rows: Sequence[Tensor], layout: Layout) -> Pass:
-    """The pass in which all tokens of `rows` but each first one are scored."""
-    sequences = [TokenSequence(row[:1], row[1:], index) for index, row in enumerate(rows)]
-    (groups,) = plan_passes(sequences, sum(map(len, rows)), layout)
-    # in the order of the rows, whichever is longer
-    return build_pass(sequences, sorted(groups), layout)

@@ -139,7 +139,7 @@ def _first_fit(tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
 def _equal_lengths(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Sequences of about one length, in passes of at most `max_tokens` padded tokens.
 
-    The longest come first; none is padded by more than a tenth.
+    None is padded by more than a tenth; the passes with the most tokens come first.
     """
     plan: list[list[int]] = []
     longest = 0
@@ -150,7 +150,7 @@ def _equal_lengths(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         else:
             plan.append([row])
             longest = lengths[row]
-    return plan
+    return sorted(plan, key=lambda rows: -len(rows) * lengths[rows[0]])
 
 
 def build_pass(

@@ -30,6 +30,14 @@ class Segment(NamedTuple):
         return self.prefix_end - self.prefix_start
 
 
+class LayerCall(NamedTuple):
+    """What a layer's attention was called with."""
+
+    window: int | None  # of sliding attention, in tokens
+    dtype: torch.dtype  # of the values, which is autocast's where that is on
+    has_mask: bool  # the layer made a mask, which segments do not know
+
+
 class Part(NamedTuple):
     """Some queries of a segment, with the keys that any of them attends to.
 
@@ -91,7 +99,7 @@ class Segments:
             ranges = [r for s in spans for r in ((s.prefix_start, s.prefix_end), (s.start, s.end))]
             index = torch.cat([torch.arange(*bounds) for bounds in ranges])
             self.key_index = index.to(device, non_blocking=True)
-        self.windows_seen: list[int | None] = []  # one entry for each layer's call
+        self.calls: list[LayerCall] = []  # by the layers, in turn
         self._block_masks: dict[int | None, BlockMask] = {}
 
     def parts(self, window: int | None, *, always_masked: bool) -> Iterator[Part]:

@@ -411,12 +411,15 @@ class KTOTrainer(Trainer):
     def _choose_layout(self, model: nn.Module, name: str, rows: list[Tensor]) -> Layout:
         """The best layout of passes that is exact for the model on all ranks."""
         check = choose_layout(model, rows)
-        packed = check.layout is Layout.PACKED
-        if packed != self.ranks.all(packed):
-            check = PackingCheck(Layout.PADDED, "another rank found it inexact")
+        layouts = list(Layout)  # each exact wherever one before it is
+        inexact = [float(layouts.index(check.layout) > index) for index in range(len(layouts))]
+        ranks = self.ranks.sum(torch.tensor(inexact, device=self.args.device))
+        agreed = layouts[sum(count > 0 for count in ranks.tolist())]
+        if agreed is not check.layout:
+            check = PackingCheck(agreed, "another rank found it inexact")
         if check.reason:
             logger.warning("Passes of the %s are not packed: %s.", name, check.reason)
-        return check.layout
+        return agreed
 
 
 class _StartOfTraining(TrainerCallback):
