@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import BitsAndBytesConfig
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.precompute import ReleasedReference
 from fastkto.score_store import FILE_NAME
+from tests.launch import launch
 from tests.models import tiny_model, tiny_tokenizer
 from tests.trl_runs import text_rows
 
@@ -280,6 +282,18 @@ def test_evaluation_alone_uses_the_cache(tmp_path: Path) -> None:
     second = trainer(tmp_path, eval_dataset=rows).evaluate()
     assert first["eval_ref_cache_misses"] == second["eval_ref_cache_hits"] == 12
     assert first["eval_loss"] == second["eval_loss"]
+
+
+def test_only_one_rank_finds_its_rows(tmp_path: Path) -> None:
+    launch(Path(__file__).parent / "precompute_run.py", tmp_path, processes=2, timeout=200)
+    results = json.loads((tmp_path / "results.json").read_text())
+    _, half_known, known, expected = results
+    assert half_known["eval_ref_cache_hits"] == half_known["eval_ref_cache_misses"] == 8
+    assert known["eval_ref_cache_hits"] == expected["eval_ref_cache_misses"] == 16
+    for name, value in expected.items():
+        if not any(part in name for part in (*NOT_COMPARED, "preparation")):
+            assert half_known[name] == pytest.approx(value, rel=1e-5), name
+            assert known[name] == pytest.approx(value, rel=1e-5), name
 
 
 # ---- Refusals ----
