@@ -63,7 +63,7 @@ def run_steps(
         trainer.train()
 
 
-def settings(case: Case, library: str) -> dict[str, Any]:
+def settings(case: Case, library: str, directory: Path) -> dict[str, Any]:
     """Trainer arguments: the same for both, and one line for each of what only one has."""
     common = {
         "per_device_train_batch_size": case.batch,
@@ -79,12 +79,13 @@ def settings(case: Case, library: str) -> dict[str, Any]:
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
+        "precompute_ref_log_probs": case.reference == "precomputed",
     }
     if library == "trl":
-        return common | {
-            "precompute_ref_log_probs": case.reference == "precomputed",
-            "activation_offloading": case.offloading,
-        }
+        return common | {"activation_offloading": case.offloading}
+    if case.reference == "precomputed":
+        # Its own: nothing is known before the run.
+        return common | {"reference_cache": str(directory / "reference_cache")}
     return common
 
 
@@ -97,7 +98,7 @@ def _build_trainer(case: Case, library: str, directory: Path, clock: _Clock) -> 
     return module.KTOTrainer(
         model=policy,
         ref_model=reference,
-        args=module.KTOConfig(output_dir=str(directory), **settings(case, library)),
+        args=module.KTOConfig(output_dir=str(directory), **settings(case, library, directory)),
         train_dataset=build_rows(case),
         processing_class=build_tokenizer(case),
         peft_config=adapter,

@@ -38,14 +38,6 @@ LOSS_TOLERANCE = {"tiny": 1e-4, "30m": 1e-4, "8b": 0.05}
 GRAD_NORM_TOLERANCE = {"tiny": 1e-3, "30m": 1e-3, "8b": 0.1}
 
 
-def libraries(case: Case) -> list[str]:
-    """Which libraries are compared in a case, TRL first."""
-    if case.reference == "precomputed":
-        # fastkto has no precomputed reference: add it here, and its setting to step_run.settings.
-        return ["trl"]
-    return list(LIBRARIES)
-
-
 def assert_same_loss(case: Case, steps: dict[str, Step]) -> None:
     """And the same gradient norm, with a KL estimate that is not just clamped to zero."""
     for (name, first), (other, second) in itertools.combinations(steps.items(), 2):
@@ -88,7 +80,7 @@ def measure_in_turns(benchmark: Any, case: Case) -> None:
     info |= describe(case)
     with ExitStack() as stack:
         workers, first = {}, {}
-        for name in libraries(case):
+        for name in LIBRARIES:
             worker = stack.enter_context(Worker(case, name))
             try:
                 first[name] = worker.step()  # not timed: fastkto checks the head in it
@@ -130,7 +122,7 @@ def measure_one_by_one(benchmark: Any, case: Case) -> None:
                 info["refused"][name] = str(refusal)
 
     def measure_all() -> None:
-        for name in libraries(case):
+        for name in LIBRARIES:
             measure(name)
 
     benchmark.pedantic(measure_all)
@@ -146,7 +138,7 @@ def check_losses(case: Case) -> None:
     """One step of each library in this process; the losses agree."""
     gc.freeze()  # each trainer collects garbage, which imported modules make slow
     first: dict[str, Step] = {}
-    for name in libraries(case):
+    for name in LIBRARIES:
         try:
             run_steps(case, name, go_on=once(), report=partial(first.__setitem__, name))
         except ValueError:

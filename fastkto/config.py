@@ -76,6 +76,22 @@ class KTOConfig(TrainingArguments):
         },
     )
 
+    # The reference
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the reference's log-probabilities in a cache on disk, and fill it before "
+            "the first step with all that is known to be needed."
+        },
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of a device that are scored and saved together before the first step; "
+            "more of them fill passes better. Default: those of an optimizer step."
+        },
+    )
+
     # The loss
     loss_type: str = field(
         default="kto", metadata={"help": "Loss to train with.", "choices": list(LOSS_TYPES)}
@@ -114,6 +130,14 @@ class KTOConfig(TrainingArguments):
         metadata={
             "help": "Most tokens in one pass of the model; a longer sequence is a pass of its own. "
             "Memory follows this number, not the batch size; the loss does not depend on it."
+        },
+    )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the cache that precompute_ref_log_probs uses, on a disk of this "
+            "machine; runs may share it. Default: fastkto in the folder of Hugging Face's caches "
+            "(HF_HOME)."
         },
     )
     head: str = field(
@@ -159,6 +183,7 @@ class KTOConfig(TrainingArguments):
             "max_tokens_per_pass",
             "head_memory_mib",
             "max_length",
+            "precompute_ref_batch_size",
             "gradient_accumulation_steps",
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -166,6 +191,11 @@ class KTOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
+        if self.reference_cache is not None and not self.precompute_ref_log_probs:
+            raise ValueError(
+                f"reference_cache is {self.reference_cache!r}, but nothing is cached without "
+                "precompute_ref_log_probs=True; set that too, or leave reference_cache out"
+            )
         for name in _CHOICES:
             choices = self.__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:

@@ -63,6 +63,12 @@ def check_arguments(model: Any, ref_model: Any, args: KTOConfig, compute_metrics
         args.train_batch_size,
         args.gradient_accumulation_steps,
     )
+    if args.precompute_ref_log_probs and (args.bf16_full_eval or args.fp16_full_eval):
+        name = "bf16_full_eval" if args.bf16_full_eval else "fp16_full_eval"
+        raise ValueError(
+            f"{name}=True converts the weights when it evaluates, so that log-probabilities which "
+            "precompute_ref_log_probs=True has kept are another reference's; leave one of them out"
+        )
     if args.use_liger_kernel:
         raise ValueError(
             "use_liger_kernel=True replaces the model's forward, which scores sequences here; "

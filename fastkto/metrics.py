@@ -22,6 +22,8 @@ FIELDS = (
     "same_prompt_rows",  # rows paired with another completion of their own prompt
     "sequence_tokens",  # tokens of all sequences scored, by policy and reference
     "computed_tokens",  # tokens that went through the models for that, padding included
+    "ref_cache_hits",  # sequences whose reference score was in the cache
+    "ref_cache_misses",  # and those that were scored and stored
     "entropy_sum",  # in nats, over scored tokens
     "tokens",  # scored tokens
     "aux_loss_sum",
@@ -68,6 +70,12 @@ class Metrics:
         for name in ("lone_rows", "same_prompt_rows"):
             if count := sum(sums[name] for sums in micro_batches):
                 logs[f"kl_{name}"] = count
+        hits, misses = (
+            sum(sums[name] for sums in micro_batches)
+            for name in ("ref_cache_hits", "ref_cache_misses")
+        )
+        if hits + misses:
+            logs |= {"ref_cache_hits": hits, "ref_cache_misses": misses}
         if computed := sum(sums["computed_tokens"] for sums in micro_batches):
             tokens = sum(sums["sequence_tokens"] for sums in micro_batches)
             logs["pass_efficiency"] = tokens / computed

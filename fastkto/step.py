@@ -17,6 +17,7 @@ from fastkto.loss import KTOLoss, kto_loss
 from fastkto.passes import Group, Layout, Pass, Plan, build_pass, run_pass
 from fastkto.ranks import Ranks
 from fastkto.reference import Reference
+from fastkto.reference_cache import ReferenceCache
 from fastkto.router import balancing_loss, expert_counts
 from fastkto.window import PairedBatch
 
@@ -33,6 +34,7 @@ class StepSettings:
     router_aux_loss_coef: float  # 0 without a router
     experts_per_token: int
     ranks: Ranks
+    reference_cache: ReferenceCache | None = None
 
     @property
     def has_router(self) -> bool:

@@ -47,9 +47,13 @@ from fastkto.policy import (
     prepare_adapter,
     router_settings,
 )
+from fastkto.precompute import precompute
 from fastkto.ranks import Ranks
 from fastkto.reference import choose_reference
+from fastkto.reference_cache import ReferenceCache
+from fastkto.reference_fingerprint import reference_fingerprint
 from fastkto.repeats import RepeatedRows
+from fastkto.score_store import ScoreStore, default_folder
 from fastkto.sharding import (
     before_the_last_pass,
     keep_outputs_in_fp32,
@@ -114,6 +118,9 @@ class KTOTrainer(Trainer):
         if eval_dataset is not None:
             check_batch_size(args, "per_device_eval_batch_size", args.eval_batch_size)
         set_distributed_defaults(args)
+        self._score_store: ScoreStore | None = None
+        if args.precompute_ref_log_probs:
+            self._score_store = ScoreStore(args.reference_cache or default_folder())
         # The rows first: a mistake in them should not wait for a model to load.
         init_kwargs = model_init_kwargs(args, quantization_config)
         tokenizer = load_tokenizer(processing_class, model, init_kwargs)
@@ -256,16 +263,20 @@ class KTOTrainer(Trainer):
     def _score(
         self, batches: list[dict[str, Any]], counted: list[int] | None = None
     ) -> list[BatchLoss]:
-        # Trainer has put another one in place by now if the model is sharded.
-        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        self.step_settings.policy = self.model_wrapped if is_deepspeed else self.model
-        self._check_models_once(batches)
+        self._get_ready(batches)
         return score_window(
             self.step_settings,
             batches,
             counted=counted,
             single_pass=self._single_pass,
         )
+
+    def _get_ready(self, batches: list[dict[str, Any]]) -> None:
+        """Before any of these batches is scored."""
+        # Trainer has put another one in place by now if the model is sharded.
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.step_settings.policy = self.model_wrapped if is_deepspeed else self.model
+        self._check_models_once(batches)
 
     def compute_loss(
         self,
@@ -406,6 +417,11 @@ class KTOTrainer(Trainer):
         if reference is not None:
             check_head(reference, rows)
             settings.reference_layout = self._choose_layout(reference, "reference", rows)
+        if self._score_store is not None:
+            fingerprint = reference_fingerprint(
+                self.reference, self.model, mixed_precision=self.accelerator.mixed_precision
+            )
+            settings.reference_cache = ReferenceCache(self._score_store, fingerprint)
         self._models_are_checked = True
 
     def _choose_layout(self, model: nn.Module, name: str, rows: list[Tensor]) -> Layout:
@@ -423,7 +439,7 @@ class KTOTrainer(Trainer):
 
 
 class _StartOfTraining(TrainerCallback):
-    """Forgets what a run that was cut short had recorded."""
+    """Forgets what a run that was cut short had recorded, and fills the reference cache."""
 
     def __init__(self, trainer: KTOTrainer) -> None:
         self.trainer = trainer
@@ -437,3 +453,5 @@ class _StartOfTraining(TrainerCallback):
     ) -> None:
         self.trainer._train_metrics.clear()
         self.trainer._step_check.clear()
+        if self.trainer.step_settings.args.precompute_ref_log_probs:
+            precompute(self.trainer)

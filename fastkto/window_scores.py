@@ -21,6 +21,7 @@ from fastkto.passes import (
     plan_passes,
     sequence_logprobs,
 )
+from fastkto.reference_cache import Lookup
 from fastkto.sharding import release_gathered
 from fastkto.step import BatchLoss, StepSettings
 from fastkto.window import pair_window
@@ -44,6 +45,20 @@ def score_window(
     `counted` is as for `pair_window`. With `single_pass` each of them is one pass over all rows,
     whatever its size.
     """
+    losses = pair_losses(settings, batches, counted)
+    jobs = _plan(settings, losses, single_pass)
+    # Dropout would be noise, and gradient checkpointing only cost, where no gradient is needed.
+    with evaluating(settings.policy):
+        _score(settings, losses, jobs)
+        if settings.has_router:
+            _count_experts(losses)
+    return losses
+
+
+def pair_losses(
+    settings: StepSettings, batches: Sequence[dict[str, Any]], counted: Sequence[int] | None
+) -> list[BatchLoss]:
+    """The losses of `score_window`, with nothing scored or planned yet."""
     args, accelerator = settings.args, settings.ranks.accelerator
     window = pair_window(
         batches,
@@ -61,13 +76,14 @@ def score_window(
             # The mean over micro-batches and ranks is then the mean over the window's rows.
             loss.num_rows = window.num_rows / (len(batches) * accelerator.num_processes)
         losses.append(loss)
-    jobs = _plan(settings, losses, single_pass)
-    # Dropout would be noise, and gradient checkpointing only cost, where no gradient is needed.
-    with evaluating(settings.policy):
-        _score(settings, losses, jobs)
-        if settings.has_router:
-            _count_experts(losses)
     return losses
+
+
+def score_reference(settings: StepSettings, losses: Sequence[BatchLoss]) -> None:
+    """Put the reference's scores that the losses need into the cache, as far as it lacks them."""
+    jobs = _plan(settings, losses, single_pass=False)
+    with evaluating(settings.policy):
+        _reference_logprobs(settings, losses, jobs)
 
 
 class _Job(NamedTuple):
@@ -81,7 +97,8 @@ class _Job(NamedTuple):
 class _Jobs(NamedTuple):
     """What is scored without gradient for the losses of a step."""
 
-    reference: list[_Job]  # matched sequences, then mismatched ones, in one job or in two
+    lookup: Lookup  # of matched sequences, then mismatched ones
+    reference: list[_Job]  # those that it misses, in one job or in two
     policy: list[_Job]  # mismatched sequences; none if the loss needs no KL estimate
 
 
@@ -91,12 +108,15 @@ def _plan(settings: StepSettings, losses: Sequence[BatchLoss], single_pass: bool
     mismatched = [sequence for loss in losses for sequence in loss.mismatched]
     if not settings.args.needs_kl:
         mismatched = []
-    share = _saves_tokens(settings, matched + mismatched)
+    lookup = Lookup(settings.reference_cache, [matched, mismatched])
+    losses[0].add(ref_cache_hits=lookup.hits, ref_cache_misses=lookup.misses)
+    missing = lookup.missing
+    share = _saves_tokens(settings, missing[0] + missing[1])
     if settings.ranks.in_lockstep:
         share = settings.ranks.all(share)
     # One plan for both, so that a prompt is read once; or the plan that the policy has for the
     # mismatched ones, so that equal weights give equal bits, and a KL estimate of exactly 0.
-    reference_sets = [matched + mismatched] if share else [matched, mismatched]
+    reference_sets = [missing[0] + missing[1]] if share else missing
     policy_sets = [mismatched] if settings.args.needs_kl else []
     layouts = [settings.reference_layout] * len(reference_sets)
     layouts += [settings.policy_layout] * len(policy_sets)
@@ -111,7 +131,7 @@ def _plan(settings: StepSettings, losses: Sequence[BatchLoss], single_pass: bool
     jobs = [_Job(one, plan, way) for (one, way), plan in zip(sets, no_grad_plans, strict=True)]
     for job in jobs:
         _count_tokens(losses[0], job)
-    return _Jobs(jobs[: len(reference_sets)], jobs[len(reference_sets) :])
+    return _Jobs(lookup, jobs[: len(reference_sets)], jobs[len(reference_sets) :])
 
 
 def _plan_gradient(loss: BatchLoss, single_pass: bool) -> Plan:
@@ -143,16 +163,22 @@ def _count_tokens(loss: BatchLoss, job: _Job) -> None:
 
 
 def _score(settings: StepSettings, losses: Sequence[BatchLoss], jobs: _Jobs) -> None:
-    with settings.reference.scoring(settings.policy) as reference:
-        logprob = torch.cat([_logprobs(losses[0], reference, job) for job in jobs.reference])
-    if settings.reference.model is not None:
-        release_gathered(settings.reference.model)
+    logprob = _reference_logprobs(settings, losses, jobs)
     sizes = [len(loss.matched) for loss in losses]
     for loss, part in zip(losses, logprob[: sum(sizes)].split(sizes), strict=True):
         loss.reference_logprob = part
     for job in jobs.policy:
         policy_logprob = _logprobs(losses[0], settings.policy, job)
         _estimate_kl(settings, losses, policy_logprob - logprob[sum(sizes) :])
+
+
+def _reference_logprobs(settings: StepSettings, losses: Sequence[BatchLoss], jobs: _Jobs) -> Tensor:
+    """Log-probability of all matched, then all mismatched completions, fp64."""
+    with settings.reference.scoring(settings.policy) as reference:
+        scored = torch.cat([_logprobs(losses[0], reference, job) for job in jobs.reference])
+    if settings.reference.model is not None:
+        release_gathered(settings.reference.model)
+    return jobs.lookup.complete(scored)
 
 
 def _logprobs(loss: BatchLoss, model: nn.Module, job: _Job) -> Tensor:

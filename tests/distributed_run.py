@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kto": {},
     "tied": {"gradient_accumulation_steps": 2},
     "window": {"kl_scope": "window", "kl_pairing": "distinct"},
+    "precomputed": {"precompute_ref_log_probs": True},
     "apo": {"loss_type": "apo_zero_unpaired"},
     "lora": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
     # The router's loss is that of a rank's batch, so one process takes the ranks' batches in turn,
@@ -141,6 +142,8 @@ def run(case: str, directory: Path, *, fsdp: bool = False) -> None:
     config = {"gradient_checkpointing": False, **FSDP_CASES[case]}
     if fsdp:
         config |= {"fsdp": True}
+    if case == "precomputed":
+        config["reference_cache"] = str(directory / "cache")
     batch = RANK_BATCH
     if alone and case == "mixtral":
         config["gradient_accumulation_steps"] = WORLD_SIZE

@@ -65,7 +65,9 @@ def test_two_processes_equal_one(wrapping: str, case: str, runs: Path) -> None:
     if case == "mixtral":
         return
     for name, value in expected["evaluation"].items():
-        if not any(part in name for part in ("runtime", "per_second", "preparation")):
+        # Sequences are looked up also for rows that are repeated.
+        skipped = ("runtime", "per_second", "preparation", "ref_cache_hits")
+        if not any(part in name for part in skipped):
             for kind in ("evaluation", "streamed"):
                 assert first[kind][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 

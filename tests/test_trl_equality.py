@@ -149,6 +149,22 @@ def test_equal_in_evaluation(family: str, tmp_path: Path) -> None:
     assert any("eval_rewards/margins" in log for log in actual)
 
 
+@pytest.mark.parametrize("reference", ["model", "adapter"])
+def test_equal_with_precomputed_reference(reference: str, tmp_path: Path) -> None:
+    policy = {"model": tiny_model("llama", seed=0), "peft_config": lora()}
+    expected, actual = both(
+        tmp_path,
+        SMALL_PASSES | {"reference_cache": str(tmp_path / "cache")},
+        **(models() if reference == "model" else policy),
+        train_dataset=text_rows(),
+        eval_dataset=text_rows(14, seed=9),
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=4,
+    )
+    assert_equal_logs(expected, actual)
+    assert all(log["ref_cache_misses"] == 0 for log in actual if "loss" in log)
+
+
 def test_comparison_notices_beta_off_by_a_thousandth(tmp_path: Path) -> None:
     expected, actual = both(
         tmp_path, {"beta": 0.1001}, **models(), train_dataset=text_rows(), beta=0.1
