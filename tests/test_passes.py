@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.data.batch import TokenSequence, matched_sequences
+from fastkto.data.rows import prepare_rows
 from fastkto.head import attach_scoring
 from fastkto.packing import PackingCheck, choose_layout
 from fastkto.passes import (
@@ -27,6 +28,7 @@ from fastkto.passes import (
     run_pass,
     sequence_logprobs,
 )
+from tests.memory_truth import measured_peak
 from tests.models import FAMILIES, tiny_model, tiny_tokenizer
 from tests.trl_runs import text_rows
 
@@ -298,27 +300,27 @@ class SavedTensor:
 
 
 @pytest.mark.parametrize("batch_size", [8, 32])
-def test_activations_follow_the_budget_and_not_the_batch(batch_size: int, tmp_path: Path) -> None:
-    budget = 70 + 44  # of the first four rows, the longest and one that fits beside it
+def test_memory_follows_the_budget_and_not_the_batch(batch_size: int, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    budget = 70 + 44  # tokens of the longest row and of one beside it
 
-    def peak(rows: int) -> int:
+    def peaks(batch_size: int, rows: list[int]) -> tuple[int, int]:
+        """Bytes saved for backward, and bytes allocated, at most, in a step on the first batch."""
         trainer = KTOTrainer(
-            model=tiny_model("llama", seed=1),
-            ref_model=tiny_model("llama", seed=8),
+            model=tiny_model("llama", seed=1, **sizes),
+            ref_model=tiny_model("llama", seed=8, **sizes),
             args=KTOConfig(
                 output_dir=str(tmp_path),
                 max_tokens_per_pass=budget,
-                per_device_train_batch_size=rows,
+                per_device_train_batch_size=batch_size,
                 gradient_checkpointing=False,
                 report_to="none",
                 use_cpu=True,
             ),
-            train_dataset=text_rows(8).select([0, 1, 2, 3, 4, 5, 6, 7] * 4),
+            train_dataset=text_rows(8).select(rows),
             processing_class=tiny_tokenizer(),
         )
-        lengths = trainer.train_dataset["length"][:4]
-        assert max(lengths) == max(trainer.train_dataset["length"]) and sum(lengths) > budget
-        assert budget in (a + b for a, b in itertools.combinations(lengths, 2))
+        assert max(trainer.train_dataset["length"]) == 70
         batch = next(iter(trainer.get_train_dataloader()))
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
@@ -327,10 +329,17 @@ def test_activations_follow_the_budget_and_not_the_batch(batch_size: int, tmp_pa
         with hooks:
             trainer.training_step(trainer.model, batch)
         assert saved.now == 0
-        return saved.peak
+        trainer.model.zero_grad()
+        return saved.peak, measured_peak(lambda: trainer.training_step(trainer.model, batch))
 
-    smallest = peak(4)  # it holds the longest row, and takes two passes, the first of them full
-    assert peak(batch_size) <= 1.1 * smallest
+    options: dict[str, Any] = {"max_length": 1024, "num_proc": None, "name": "train"}
+    lengths = list(prepare_rows(text_rows(8), tiny_tokenizer(), **options)[0]["length"])
+    pair = [lengths.index(70), lengths.index(44)]
+    saved, allocated = peaks(4, pair * 2)  # two full passes
+    assert saved > 2**20 and allocated > 2**20
+    more_saved, more_allocated = peaks(batch_size, pair * (batch_size // 2))
+    assert more_saved <= 1.1 * saved
+    assert more_allocated <= 1.1 * allocated
 
 
 @pytest.mark.parametrize(("passes", "error"), [(1, 1.7e-3), (8, 4.0e-3), (64, 9.8e-3)])
