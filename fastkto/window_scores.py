@@ -137,6 +137,12 @@ def _plan(settings: StepSettings, losses: Sequence[BatchLoss], single_pass: bool
 def _plan_gradient(loss: BatchLoss, single_pass: bool) -> Plan:
     args, layout = loss.settings.args, loss.settings.policy_layout
     if single_pass:
+        if layout is Layout.ALONE and len(loss.matched) > 1:
+            raise ValueError(
+                f"a subclass's compute_loss gets the batch of {len(loss.matched)} rows in one "
+                "pass, and this model scores a sequence differently beside another; use "
+                "per_device_train_batch_size=1 with kl_scope='window'"
+            )
         return [[[row] for row in range(len(loss.matched))]]
     # A router's loss is over the tokens of all rows, so there each row has its own prompt.
     share_prompts = not loss.settings.has_router

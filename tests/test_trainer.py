@@ -237,6 +237,20 @@ def test_loss_that_a_subclass_changes_has_one_graph(tmp_path: Path) -> None:
     assert norms[1] == pytest.approx(2 * norms[0], rel=1e-4)
 
 
+def test_loss_that_a_subclass_changes_needs_rows_that_may_share_a_pass(tmp_path: Path) -> None:
+    model = tiny_model("llama", seed=1)
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    run = DoubledLoss(
+        model=model,
+        ref_model=tiny_model("llama", seed=2),
+        args=config(tmp_path),
+        train_dataset=text_rows(16),
+        processing_class=tiny_tokenizer(),
+    )
+    with pytest.raises(ValueError, match="the batch of 4 rows in one pass, and this model"):
+        run.train()
+
+
 def test_gradients_are_synchronised_at_the_last_pass_of_the_last_batch_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
