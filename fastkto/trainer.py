@@ -249,6 +249,16 @@ class KTOTrainer(Trainer):
         check_batch_size(args, "the batch size", self._train_batch_size, steps)
         return super().get_train_dataloader()
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As in `Trainer`; the backward of the last pass, which runs here, is named in errors."""
+        batch_loss = inputs.get("batch_loss")
+        # DeepSpeed's optimizer steps within that backward, and is no pass.
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        with nullcontext() if batch_loss is None or is_deepspeed else batch_loss.naming_pass():
+            return super().training_step(model, inputs, *args, **kwargs)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
@@ -297,7 +307,7 @@ class KTOTrainer(Trainer):
         if training:
             check_optimizer(self.args.optim, len(batch_loss.plan))
         done: Tensor | float = 0.0
-        with nullcontext() if training else evaluating(model):
+        with batch_loss.naming_pass(), nullcontext() if training else evaluating(model):
             for groups in batch_loss.plan[:-1]:
                 with before_the_last_pass(model, self.accelerator):
                     loss = batch_loss.pass_loss(model, groups)
