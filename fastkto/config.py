@@ -140,6 +140,13 @@ class KTOConfig(TrainingArguments):
             "(HF_HOME)."
         },
     )
+    activation_offloading: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep activations in host memory from a pass's forward to its backward, with "
+            "or without gradient checkpointing."
+        },
+    )
     head: str = field(
         default="auto",
         metadata={
@@ -200,6 +207,12 @@ class KTOConfig(TrainingArguments):
             choices = self.__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {choices}")
+
+        if self.activation_offloading and (self.gradient_checkpointing_kwargs or {}).get("offload"):
+            raise ValueError(
+                "activation_offloading is on and gradient_checkpointing_kwargs has offload=True, "
+                "which both move the same activations; leave one of them out"
+            )
 
     @property
     def no_grad_tokens(self) -> int:

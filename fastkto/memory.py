@@ -90,6 +90,7 @@ class MemoryEstimator:
             head=args.head,
             head_memory_mib=args.head_memory_mib,
             router_loss=router["router_aux_loss_coef"] != 0.0,
+            activation_offloading=args.activation_offloading,
             checkpointing_kwargs=dict(args.gradient_checkpointing_kwargs or {})
             or {"use_reentrant": False},
         )

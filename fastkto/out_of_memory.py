@@ -55,6 +55,7 @@ def _advice(facts: PassFacts) -> str:
             )
         return f"Lower max_tokens_per_pass, which is {args.max_tokens_per_pass:,}"
     remedies = ["lower max_length"]
-    if args is not None and not args.gradient_checkpointing:
-        remedies.append("turn on gradient_checkpointing")
+    for name in ("gradient_checkpointing", "activation_offloading"):
+        if args is not None and not getattr(args, name):
+            remedies.append(f"turn on {name}")
     return f"A pass holds at least one whole sequence: {' or '.join(remedies)}"

@@ -5,7 +5,7 @@ are done (see `fastkto.window_scores`). So each pass with gradient forms its par
 can run backward at once, and the activations of one pass exist at a time.
 """
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkto.activation_offloading import ActivationsOnHost
 from fastkto.config import KTOConfig
 from fastkto.data.batch import matched_sequences, mismatched_sequences
 from fastkto.loss import KTOLoss, kto_loss
@@ -89,7 +90,8 @@ class BatchLoss:
         args, settings = self.settings.args, self.settings
         self._running = "gradient" if torch.is_grad_enabled() else "evaluation", groups
         pass_ = self._build_pass(groups)
-        scores = run_pass(model, pass_, stats=True, router_logits=settings.has_router)
+        with ActivationsOnHost() if args.activation_offloading else nullcontext():
+            scores = run_pass(model, pass_, stats=True, router_logits=settings.has_router)
         result = kto_loss(
             scores.logprob,
             pass_.offsets,

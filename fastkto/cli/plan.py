@@ -122,6 +122,7 @@ def _facts(
 ) -> list[tuple[str, str]]:
     args, policy = arguments.training, estimator.policy
     checkpointing = "gradient" if args.gradient_checkpointing else "no gradient"
+    offloading = ", activations in host memory" if args.activation_offloading else ""
     devices = ""
     if target.processes > 1:
         kind = "FSDP" if estimator.deployment.sharded else "DistributedDataParallel"
@@ -131,7 +132,7 @@ def _facts(
     return [
         ("model", describe_model(policy)),
         ("precision", precise),
-        ("pass", f"{memory.pass_tokens:,} tokens, {checkpointing} checkpointing"),
+        ("pass", f"{memory.pass_tokens:,} tokens, {checkpointing} checkpointing{offloading}"),
         ("attention", policy.config._attn_implementation),
         ("optimizer", str(getattr(args.optim, "value", args.optim))),
         ("memory", f"{target.memory / GIB:.2f} GiB{devices}"),
