@@ -176,6 +176,17 @@ class MemoryEstimator:
             no_gradient_pass=self.pass_bytes(no_grad_tokens, longest=max_length, gradient=False),
         )
 
+    def largest_budget(self, max_length: int, memory: int) -> int:
+        """The most tokens for a pass of a run that fits into `memory` bytes, see `largest`.
+
+        `max_length` if nothing larger does; no more than a batch of the longest rows has.
+        """
+        whole = max_length * self.args.per_device_train_batch_size
+        if self.run(max_length, whole).total <= memory:
+            return whole
+        found = largest(lambda tokens: self.run(max_length, tokens).total, memory)
+        return max(found, max_length)
+
     def largest_context(self, memory: int, max_tokens_per_pass: int | None = None) -> int:
         """The longest sequence with which a run fits into `memory` bytes, see `largest`."""
         return largest(lambda length: self.run(length, max_tokens_per_pass).total, memory)

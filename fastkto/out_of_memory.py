@@ -48,12 +48,12 @@ def _advice(facts: PassFacts) -> str:
     if len(facts.lengths) > 1:
         if args is None:
             return "Lower max_tokens_per_pass; passes without gradient hold twice as many tokens"
-        if facts.tokens > args.max_tokens_per_pass:
+        if facts.tokens > args.grad_tokens:
             return (
                 "Lower the batch size: compute_loss is overridden, so a batch is one pass whatever "
                 "max_tokens_per_pass is"
             )
-        return f"Lower max_tokens_per_pass, which is {args.max_tokens_per_pass:,}"
+        return f"Lower max_tokens_per_pass, which is {args.grad_tokens:,}"
     remedies = ["lower max_length"]
     for name in ("gradient_checkpointing", "activation_offloading"):
         if args is not None and not getattr(args, name):

@@ -140,7 +140,7 @@ def _plan_gradient(loss: BatchLoss, single_pass: bool) -> Plan:
         return [[[row] for row in range(len(loss.matched))]]
     # A router's loss is over the tokens of all rows, so there each row has its own prompt.
     share_prompts = not loss.settings.has_router
-    return plan_passes(loss.matched, args.max_tokens_per_pass, layout, share_prompts=share_prompts)
+    return plan_passes(loss.matched, args.grad_tokens, layout, share_prompts=share_prompts)
 
 
 def _saves_tokens(settings: StepSettings, sequences: Sequence[TokenSequence]) -> bool:

@@ -204,3 +204,11 @@ def test_a_saved_model_is_not_read(capsys: pytest.CaptureFixture[str], tmp_path:
     output = planned(capsys, "--model", folder, "--memory=1GiB")
     size = sum(parameter.numel() for parameter in tiny_model("llama").parameters())
     assert f"{size:,} parameters, all trainable" in output
+
+
+def test_auto_plans_the_largest_pass_that_fits(
+    capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    flags = ["--model", model, "--max_tokens_per_pass=auto", "--per_device_train_batch_size=16"]
+    output = planned(capsys, *flags, "--memory=80GB", "--max_length=2048")
+    assert "32,768 tokens, the largest that fits, gradient checkpointing" in output

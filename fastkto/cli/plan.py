@@ -101,8 +101,9 @@ def plan(arguments: Arguments, target: Target) -> None:
         raise CommandError("max_length is empty; give the longest sequence's tokens")
     with mistakes(*SETTING_UP):
         estimator = plan_estimator(arguments, target.processes)
-        memory = estimator.run(length, pass_budget(args))
-    budget = pass_budget(args)
+        budget = pass_budget(args)
+        largest = budget or estimator.largest_budget(length, target.memory)
+        memory = estimator.run(length, largest)
     say(table(_facts(arguments, estimator, memory, target)))
     say()
     say(_needs(memory, target))
@@ -121,6 +122,7 @@ def _facts(
     arguments: Arguments, estimator: MemoryEstimator, memory: RunMemory, target: Target
 ) -> list[tuple[str, str]]:
     args, policy = arguments.training, estimator.policy
+    found = ", the largest that fits" if args.max_tokens_per_pass == "auto" else ""
     checkpointing = "gradient" if args.gradient_checkpointing else "no gradient"
     offloading = ", activations in host memory" if args.activation_offloading else ""
     devices = ""
@@ -132,7 +134,10 @@ def _facts(
     return [
         ("model", describe_model(policy)),
         ("precision", precise),
-        ("pass", f"{memory.pass_tokens:,} tokens, {checkpointing} checkpointing{offloading}"),
+        (
+            "pass",
+            f"{memory.pass_tokens:,} tokens{found}, {checkpointing} checkpointing{offloading}",
+        ),
         ("attention", policy.config._attn_implementation),
         ("optimizer", str(getattr(args.optim, "value", args.optim))),
         ("memory", f"{target.memory / GIB:.2f} GiB{devices}"),
