@@ -143,6 +143,14 @@ class KTOConfig(TrainingArguments):
             "(HF_HOME)."
         },
     )
+    checkpoint_passes: str | None = field(
+        default=None,
+        metadata={
+            "help": "'auto': turn gradient checkpointing off if the run is estimated to fit into "
+            "memory without it. Default: as gradient_checkpointing says.",
+            "choices": ["auto"],
+        },
+    )
     activation_offloading: bool = field(
         default=False,
         metadata={
@@ -215,6 +223,15 @@ class KTOConfig(TrainingArguments):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {choices}")
 
+        if self.checkpoint_passes not in (None, "auto"):
+            raise ValueError(
+                f"checkpoint_passes is {self.checkpoint_passes!r}; choose 'auto', or leave it out"
+            )
+        if self.checkpoint_passes == "auto" and not self.gradient_checkpointing:
+            raise ValueError(
+                "checkpoint_passes is 'auto', which decides whether gradient checkpointing is "
+                "needed, and gradient_checkpointing is off; leave one of them out"
+            )
         if self.activation_offloading and (self.gradient_checkpointing_kwargs or {}).get("offload"):
             raise ValueError(
                 "activation_offloading is on and gradient_checkpointing_kwargs has offload=True, "

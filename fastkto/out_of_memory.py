@@ -58,4 +58,6 @@ def _advice(facts: PassFacts) -> str:
     for name in ("gradient_checkpointing", "activation_offloading"):
         if args is not None and not getattr(args, name):
             remedies.append(f"turn on {name}")
+    if args is not None and args.checkpoint_passes == "auto":
+        remedies.append("leave checkpoint_passes out, which may have turned checkpointing off")
     return f"A pass holds at least one whole sequence: {' or '.join(remedies)}"

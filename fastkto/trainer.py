@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
+from fastkto.checkpoint_passes import needs_checkpointing, turn_off_checkpointing
 from fastkto.config import DEFAULT_TOKENS, KTOConfig
 from fastkto.data.batch import KTOCollator, check_batch, matched_sequences
 from fastkto.data.rows import RowReport, prepare_rows
@@ -165,6 +166,9 @@ class KTOTrainer(Trainer):
     def _set_up_step(self, args: KTOConfig) -> None:
         check_devices(self)
         check_auto(args, self.accelerator.distributed_type)
+        self._turns_off_checkpointing = (
+            args.checkpoint_passes == "auto" and not needs_checkpointing(self)
+        )
         # Some transformers read this in place of loss_is_scaled_for_ga, and have accelerate divide
         # by the accumulation steps a second time.
         self.model_accepts_loss_kwargs = False
@@ -490,7 +494,7 @@ class KTOTrainer(Trainer):
 
 
 class _StartOfTraining(TrainerCallback):
-    """Forgets what a run before had recorded and found, and fills the reference cache."""
+    """Forgets what a run before recorded, applies checkpoint_passes, fills the reference cache."""
 
     def __init__(self, trainer: KTOTrainer) -> None:
         self.trainer = trainer
@@ -505,5 +509,7 @@ class _StartOfTraining(TrainerCallback):
         self.trainer._train_metrics.clear()
         self.trainer._step_check.clear()
         self.trainer._budget_is_found = False
+        if self.trainer._turns_off_checkpointing:
+            turn_off_checkpointing(self.trainer.model)
         if self.trainer.step_settings.args.precompute_ref_log_probs:
             precompute(self.trainer)

@@ -97,13 +97,18 @@ def test_a_gradient_pass_of_several_sequences(tmp_path: Path, number: int, backw
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_gradient_pass_of_one_sequence(tmp_path: Path, checkpointing: bool) -> None:
-    trainer = trainer_of(tmp_path, max_tokens_per_pass=35, gradient_checkpointing=checkpointing)
+    fields: dict[str, Any] = {"gradient_checkpointing": checkpointing}
+    fields["activation_offloading"] = checkpointing
+    fields["checkpoint_passes"] = "auto" if checkpointing else None
+    trainer = trainer_of(tmp_path, max_tokens_per_pass=35, **fields)
     skip_checks(trainer)
     fail_at(trainer.model, True, 1)
     message = message_of(trainer.train)
     assert "gradient pass 1 of 3 (one sequence of 40 tokens) ran out of memory. A pass" in message
     assert "lower max_length" in message
-    assert ("turn on gradient_checkpointing" in message) != checkpointing
+    for remedy in ("turn on gradient_checkpointing", "turn on activation_offloading"):
+        assert (remedy in message) != checkpointing
+    assert ("leave checkpoint_passes out, which may have" in message) == checkpointing
 
 
 @pytest.mark.parametrize(

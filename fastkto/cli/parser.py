@@ -30,7 +30,8 @@ COMMON = {
     ),
     "memory and speed": (
         "max_tokens_per_pass", "dtype", "bf16", "attn_implementation", "gradient_checkpointing",
-        "activation_offloading", "precompute_ref_log_probs", "backend", "head", "head_memory_mib",
+        "checkpoint_passes", "activation_offloading", "precompute_ref_log_probs", "backend", "head",
+        "head_memory_mib",
     ),
     "adapters": ("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "load_in_4bit"),
     "logs and checkpoints": (

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastkto.checkpoint_passes import MARGIN as SPARE
+from fastkto.checkpoint_passes import WithoutCheckpointing, saving, without_checkpointing
 from fastkto.cli.arguments import Arguments
 from fastkto.cli.console import CommandError, mistakes, say, table
 from fastkto.cli.parser import COMMON, TrainParser
@@ -102,6 +104,11 @@ def plan(arguments: Arguments, target: Target) -> None:
     with mistakes(*SETTING_UP):
         estimator = plan_estimator(arguments, target.processes)
         budget = pass_budget(args)
+        without = None
+        if args.gradient_checkpointing:
+            without = without_checkpointing(estimator, length, budget, target.memory)
+            # as the trainer does, before it looks for the largest pass
+            args.gradient_checkpointing = args.checkpoint_passes is None or not without.fits
         largest = budget or estimator.largest_budget(length, target.memory)
         memory = estimator.run(length, largest)
     say(table(_facts(arguments, estimator, memory, target)))
@@ -111,6 +118,9 @@ def plan(arguments: Arguments, target: Target) -> None:
     say(_passes(estimator, memory, length))
     say()
     say(fill(_verdict(estimator, memory, target, budget), 100))
+    if without is not None and without.fits:
+        say()
+        say(fill(_without_checkpointing(estimator, without), 100))
     say()
     say(NOT_COUNTED)
     if memory.total > target.memory:
@@ -213,6 +223,18 @@ def _verdict(
     if positions is not None and context > positions:
         text += f", more than the {positions:,} positions of the model"
     return f"{text}."
+
+
+def _without_checkpointing(estimator: MemoryEstimator, without: WithoutCheckpointing) -> str:
+    args = estimator.args
+    needs = f"needs {without.total / GIB:.2f} GiB, which fits with {SPARE:.0%} to spare"
+    saved = f"saves {saving(estimator.policy, args)}"
+    if args.gradient_checkpointing:
+        return (
+            f"Without gradient checkpointing the run {needs}. --checkpoint_passes auto turns it "
+            f"off, which {saved}."
+        )
+    return f"Gradient checkpointing is turned off, which {saved}: without it the run {needs}."
 
 
 def _say_settings(arguments: Arguments, memory: RunMemory, target: Target) -> None:
