@@ -10,6 +10,8 @@ from fastkto.data.pairing import KL_PAIRINGS
 from fastkto.loss import LOSS_TYPES
 from fastkto.window import KL_SCOPES
 
+# Most tokens in a pass, unless another number is given or found.
+DEFAULT_TOKENS = 8192
 _CHOICES = ("loss_type", "kl_scope", "kl_pairing", "head", "backend", "train_sampling_strategy")
 
 
@@ -125,11 +127,12 @@ class KTOConfig(TrainingArguments):
             "choices": list(KL_PAIRINGS),
         },
     )
-    max_tokens_per_pass: int = field(
-        default=8192,
+    max_tokens_per_pass: int | str = field(
+        default=DEFAULT_TOKENS,
         metadata={
             "help": "Most tokens in one pass of the model; a longer sequence is a pass of its own. "
-            "Memory follows this number, not the batch size; the loss does not depend on it."
+            "Memory follows this number, not the batch size; the loss does not depend on it. "
+            "'auto': the largest that fits, found before the first step."
         },
     )
     reference_cache: str | None = field(
@@ -138,6 +141,21 @@ class KTOConfig(TrainingArguments):
             "help": "Folder of the cache that precompute_ref_log_probs uses, on a disk of this "
             "machine; runs may share it. Default: fastkto in the folder of Hugging Face's caches "
             "(HF_HOME)."
+        },
+    )
+    checkpoint_passes: str | None = field(
+        default=None,
+        metadata={
+            "help": "'auto': turn gradient checkpointing off if the run is estimated to fit into "
+            "memory without it. Default: as gradient_checkpointing says.",
+            "choices": ["auto"],
+        },
+    )
+    activation_offloading: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep activations in host memory from a pass's forward to its backward, with "
+            "or without gradient checkpointing."
         },
     )
     head: str = field(
@@ -179,6 +197,10 @@ class KTOConfig(TrainingArguments):
         if self.beta == 0 or self.desirable_weight == self.undesirable_weight == 0:
             name = "beta" if self.beta == 0 else "desirable_weight and undesirable_weight"
             raise ValueError(f"{name} is 0, so that nothing would be learned; make it positive")
+        if isinstance(self.max_tokens_per_pass, str) and self.max_tokens_per_pass != "auto":
+            raise ValueError(
+                f"max_tokens_per_pass is {self.max_tokens_per_pass!r}; give a number, or 'auto'"
+            )
         for name in (
             "max_tokens_per_pass",
             "head_memory_mib",
@@ -189,7 +211,7 @@ class KTOConfig(TrainingArguments):
             "per_device_eval_batch_size",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value not in (None, "auto") and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
         if self.reference_cache is not None and not self.precompute_ref_log_probs:
             raise ValueError(
@@ -201,10 +223,31 @@ class KTOConfig(TrainingArguments):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {choices}")
 
+        if self.checkpoint_passes not in (None, "auto"):
+            raise ValueError(
+                f"checkpoint_passes is {self.checkpoint_passes!r}; choose 'auto', or leave it out"
+            )
+        if self.checkpoint_passes == "auto" and not self.gradient_checkpointing:
+            raise ValueError(
+                "checkpoint_passes is 'auto', which decides whether gradient checkpointing is "
+                "needed, and gradient_checkpointing is off; leave one of them out"
+            )
+        if self.activation_offloading and (self.gradient_checkpointing_kwargs or {}).get("offload"):
+            raise ValueError(
+                "activation_offloading is on and gradient_checkpointing_kwargs has offload=True, "
+                "which both move the same activations; leave one of them out"
+            )
+
     @property
     def no_grad_tokens(self) -> int:
         """Most tokens in a pass without gradient: twice as many, since it keeps no activations."""
-        return 2 * self.max_tokens_per_pass
+        return 2 * self.grad_tokens
+
+    @property
+    def grad_tokens(self) -> int:
+        """`max_tokens_per_pass`; its default where "auto" has not been found yet."""
+        number = self.max_tokens_per_pass
+        return DEFAULT_TOKENS if isinstance(number, str) else number
 
     @property
     def needs_kl(self) -> bool:

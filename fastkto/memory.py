@@ -90,6 +90,7 @@ class MemoryEstimator:
             head=args.head,
             head_memory_mib=args.head_memory_mib,
             router_loss=router["router_aux_loss_coef"] != 0.0,
+            activation_offloading=args.activation_offloading,
             checkpointing_kwargs=dict(args.gradient_checkpointing_kwargs or {})
             or {"use_reentrant": False},
         )
@@ -146,11 +147,17 @@ class MemoryEstimator:
 
     # ---- A run ----
 
-    def run(self, max_length: int, max_tokens_per_pass: int | None = None) -> RunMemory:
+    def run(
+        self,
+        max_length: int,
+        max_tokens_per_pass: int | None = None,
+        *,
+        checkpointing: bool | None = None,
+    ) -> RunMemory:
         """The memory of a run whose longest sequence has `max_length` tokens.
 
         A pass holds at most `max_tokens_per_pass` tokens or one sequence (None: one sequence), and
-        no more than the rows of a batch.
+        no more than the rows of a batch. `checkpointing` is as for `pass_bytes`.
         """
         budget = max_length if max_tokens_per_pass is None else max_tokens_per_pass
         batch = max_length * self.args.per_device_train_batch_size
@@ -170,10 +177,21 @@ class MemoryEstimator:
             buckets=gradients if plan.processes > 1 and not plan.sharded else 0,
             optimizer=optimizer.state // shards,
             optimizer_step=optimizer.step // shards,
-            reference=0 if self.reference is None else _size(self.reference) // shards,
-            gradient_pass=self.pass_bytes(tokens, longest=max_length),
+            reference=0 if self.reference is None else model_bytes(self.reference) // shards,
+            gradient_pass=self.pass_bytes(tokens, longest=max_length, checkpointing=checkpointing),
             no_gradient_pass=self.pass_bytes(no_grad_tokens, longest=max_length, gradient=False),
         )
+
+    def largest_budget(self, max_length: int, memory: int) -> int:
+        """The most tokens for a pass of a run that fits into `memory` bytes, see `largest`.
+
+        `max_length` if nothing larger does; no more than a batch of the longest rows has.
+        """
+        whole = max_length * self.args.per_device_train_batch_size
+        if self.run(max_length, whole).total <= memory:
+            return whole
+        found = largest(lambda tokens: self.run(max_length, tokens).total, memory)
+        return max(found, max_length)
 
     def largest_context(self, memory: int, max_tokens_per_pass: int | None = None) -> int:
         """The longest sequence with which a run fits into `memory` bytes, see `largest`."""
@@ -190,7 +208,7 @@ class MemoryEstimator:
         stored = sum(p.numel() for p in self._quantised)
         unquantised = sum(p.numel() * p.element_size() for p in self._quantised)
         packed = int(stored * (self.deployment.bytes_per_quantised or 0))
-        return _size(self.policy) - unquantised + packed
+        return model_bytes(self.policy) - unquantised + packed
 
     @property
     def _unpacked(self) -> int:
@@ -200,8 +218,8 @@ class MemoryEstimator:
             return 0
         # Two layers, of which one is fetched ahead, and what is in no layer, with their gradients.
         layers = [layer for kind in self._probe.kinds for layer in kind]
-        sizes = [_size(layer) + _gradient_size(layer) for layer in layers]
-        whole = _size(self.policy) + _gradient_size(self.policy)
+        sizes = [model_bytes(layer) + _gradient_size(layer) for layer in layers]
+        whole = model_bytes(self.policy) + _gradient_size(self.policy)
         return whole - sum(sizes) + 2 * max(sizes, default=0)
 
     def _quantise(self, autocast: torch.dtype | None) -> list[Any]:
@@ -227,6 +245,7 @@ def _gradient_size(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in _trainable(model))
 
 
-def _size(model: nn.Module) -> int:
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -6,15 +6,18 @@ import copy
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedModel, masking_utils
 
+from fastkto.activation_offloading import is_activation
 from fastkto_kernels import loops
 
 _ATTENTION = "fastkto_memory"
@@ -69,6 +72,23 @@ class LiveBytes(TorchDispatchMode):
         self._alive.discard(key)
         self.now -= size
         self.weight_copies -= size * is_weight_copy
+
+
+class ActivationsNowhere(saved_tensors_hooks):
+    """`ActivationsOnHost` with a host whose memory does not count."""
+
+    def __init__(self) -> None:
+        super().__init__(_forget, _remember)
+
+
+def _forget(tensor: Tensor) -> Any:
+    if not is_activation(tensor):
+        return tensor
+    return partial(torch.empty_strided, tensor.shape, tensor.stride(), dtype=tensor.dtype)
+
+
+def _remember(saved: Any) -> Tensor:
+    return saved if isinstance(saved, Tensor) else saved()
 
 
 def _empty_grouped_mm(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:

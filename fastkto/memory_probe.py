@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from fastkto.head_family import read_head
 from fastkto.head_scores import own_logits, score_by_logits, score_by_weight
 from fastkto.memory_fake import (
+    ActivationsNowhere,
     LiveBytes,
     fake_copy,
     layer_kinds,
@@ -67,6 +68,7 @@ class ProbeSettings:
     head: str = "auto"
     head_memory_mib: float = 256
     router_loss: bool = False
+    activation_offloading: bool = False
     checkpointing_kwargs: dict[str, Any] = field(default_factory=lambda: {"use_reentrant": False})
 
 
@@ -146,6 +148,8 @@ def _measure_pass(
         with ExitStack() as stack:
             if settings.autocast is not None:
                 stack.enter_context(torch.autocast("cpu", settings.autocast))
+            if settings.activation_offloading:
+                stack.enter_context(ActivationsNowhere())
             loss, hidden, unmeasured = _score(model, shape, settings)
         forward, kept, weight_copies = live.restart_peak(), live.now, live.weight_copies
         if not gradient:

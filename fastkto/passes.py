@@ -11,6 +11,7 @@ synchronisation on the device.
 
 from collections.abc import Sequence
 from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from fastkto.data.batch import TokenSequence
 from fastkto.loss import sum_completions
+from fastkto.out_of_memory import PassFacts, naming_pass
 from fastkto.segments import Segment, Segments
 
 # Sequences share a padded pass only if the shorter one fills this much of its row.
@@ -96,6 +98,14 @@ def computed_tokens(
     if layout is Layout.PACKED:
         return sum(_group_tokens(sequences, group) for group in groups)
     return len(groups) * max(sequences[group[0]].length for group in groups)
+
+
+def pass_facts(
+    name: str, sequences: Sequence[TokenSequence], groups: Sequence[Group], layout: Layout
+) -> PassFacts:
+    """What an error says of the pass over `groups`."""
+    lengths = [sequences[row].length for group in groups for row in group]
+    return PassFacts(name, computed_tokens(sequences, groups, layout), lengths)
 
 
 def _group_tokens(sequences: Sequence[TokenSequence], group: Group) -> int:
@@ -309,13 +319,19 @@ def sequence_logprobs(
     layout: Layout,
     *,
     device: torch.device,
+    of: str = "model",
     backend: str = "auto",
 ) -> Tensor:
-    """Log-probability of each completion, in nats: `[B]` fp64 on `device`, without gradient."""
+    """Log-probability of each completion, in nats: `[B]` fp64 on `device`, without gradient.
+
+    `of` is whose they are, for errors.
+    """
     logprob_B = torch.zeros(len(sequences), dtype=torch.float64, device=device)
-    for groups in plan:
-        pass_ = build_pass(sequences, groups, layout, device)
-        logprob_N = run_pass(model, pass_).logprob
+    for number, groups in enumerate(plan, 1):
+        name = f"pass without gradient {number} of {len(plan)} of the {of}"
+        with naming_pass(partial(pass_facts, name, sequences, groups, layout)):
+            pass_ = build_pass(sequences, groups, layout, device)
+            logprob_N = run_pass(model, pass_).logprob
         logprob_b = sum_completions(logprob_N, pass_.offsets, backend=backend)
         logprob_B.index_copy_(0, pass_.rows, logprob_b.to(device))
     return logprob_B

@@ -5,16 +5,20 @@ are done (see `fastkto.window_scores`). So each pass with gradient forms its par
 can run backward at once, and the activations of one pass exist at a time.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastkto.activation_offloading import ActivationsOnHost
 from fastkto.config import KTOConfig
 from fastkto.data.batch import matched_sequences, mismatched_sequences
 from fastkto.loss import KTOLoss, kto_loss
-from fastkto.passes import Group, Layout, Pass, Plan, build_pass, run_pass
+from fastkto.out_of_memory import PassFacts, naming_pass
+from fastkto.passes import Group, Layout, Pass, Plan, build_pass, pass_facts, run_pass
 from fastkto.ranks import Ranks
 from fastkto.reference import Reference
 from fastkto.reference_cache import ReferenceCache
@@ -71,6 +75,7 @@ class BatchLoss:
         self.num_rows: float = len(self.rows)  # what the sum of the rows' losses is divided by
         self.kl: Tensor | None = None
         self.expert_counts: Tensor | None = None
+        self._running: tuple[str, list[Group]] | None = None  # the last pass: its kind, its groups
         self.sums: dict[str, Tensor | float] = {}
         if settings.args.needs_kl:
             self.add(lone_rows=pairs.lone_rows, same_prompt_rows=pairs.same_prompt_pairs)
@@ -83,8 +88,10 @@ class BatchLoss:
     def pass_loss(self, model: nn.Module, groups: list[Group]) -> Tensor:
         """This pass's part of the batch's loss: a scalar with the graph of the pass."""
         args, settings = self.settings.args, self.settings
+        self._running = "gradient" if torch.is_grad_enabled() else "evaluation", groups
         pass_ = self._build_pass(groups)
-        scores = run_pass(model, pass_, stats=True, router_logits=settings.has_router)
+        with ActivationsOnHost() if args.activation_offloading else nullcontext():
+            scores = run_pass(model, pass_, stats=True, router_logits=settings.has_router)
         result = kto_loss(
             scores.logprob,
             pass_.offsets,
@@ -103,6 +110,16 @@ class BatchLoss:
             return result.loss
         return result.loss + self._router_loss(scores.router_logits, pass_)
 
+    def naming_pass(self) -> AbstractContextManager[None]:
+        """Out-of-memory errors from within name the pass that `pass_loss` ran last."""
+        return naming_pass(self._running_facts)
+
+    def _running_facts(self) -> PassFacts:
+        kind, groups = self._running or ("gradient", self.plan[0])
+        name = f"{kind} pass {self.plan.index(groups) + 1} of {len(self.plan)}"
+        facts = pass_facts(name, self.matched, groups, self.settings.policy_layout)
+        return facts._replace(args=self.settings.args)
+
     def count_experts(self, groups: list[Group]) -> Tensor:
         """How often a pass's tokens choose each expert: [E], without gradient."""
         pass_ = self._build_pass(groups)
@@ -111,7 +128,10 @@ class BatchLoss:
             score_position=pass_.score_position[:0],
             score_target=pass_.score_target[:0],
         )
-        output = run_pass(self.settings.policy, unscored, router_logits=True)
+        layout = self.settings.policy_layout
+        name = "pass without gradient that counts the policy's experts"
+        with naming_pass(partial(pass_facts, name, self.matched, groups, layout)):
+            output = run_pass(self.settings.policy, unscored, router_logits=True)
         top_k = self.settings.experts_per_token
         return expert_counts(output.router_logits, pass_.real_tokens, top_k)
 

@@ -23,7 +23,8 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastkto.config import KTOConfig
+from fastkto.checkpoint_passes import needs_checkpointing, turn_off_checkpointing
+from fastkto.config import DEFAULT_TOKENS, KTOConfig
 from fastkto.data.batch import KTOCollator, check_batch, matched_sequences
 from fastkto.data.rows import RowReport, prepare_rows
 from fastkto.head import attach_scoring
@@ -38,6 +39,14 @@ from fastkto.limits import (
 )
 from fastkto.metrics import Metrics, TokenCount
 from fastkto.packing import PackingCheck, choose_layout
+from fastkto.pass_budget import (
+    CudaMemory,
+    DeviceMemory,
+    check_auto,
+    measure_budget,
+    state_to_come,
+    with_budget,
+)
 from fastkto.passes import Layout
 from fastkto.policy import (
     disable_dropout,
@@ -62,6 +71,7 @@ from fastkto.sharding import (
 )
 from fastkto.step import BatchLoss, StepSettings
 from fastkto.step_check import StepCheck
+from fastkto.trial_passes import trial_passes
 from fastkto.window_scores import score_window
 
 logger = logging.getLogger(__name__)
@@ -155,6 +165,10 @@ class KTOTrainer(Trainer):
 
     def _set_up_step(self, args: KTOConfig) -> None:
         check_devices(self)
+        check_auto(args, self.accelerator.distributed_type)
+        self._turns_off_checkpointing = (
+            args.checkpoint_passes == "auto" and not needs_checkpointing(self)
+        )
         # Some transformers read this in place of loss_is_scaled_for_ga, and have accelerate divide
         # by the accumulation steps a second time.
         self.model_accepts_loss_kwargs = False
@@ -187,7 +201,7 @@ class KTOTrainer(Trainer):
         self._train_metrics, self._eval_metrics = Metrics(), Metrics()
         self._step_check = StepCheck(self.ranks.sum)
         self._repeated_rows = RepeatedRows(self.accelerator, args.dataloader_num_workers)
-        self._models_are_checked = False
+        self._models_are_checked = self._budget_is_found = False
         self.add_callback(TokenCount())
         self.add_callback(_StartOfTraining(self))
 
@@ -249,6 +263,16 @@ class KTOTrainer(Trainer):
         check_batch_size(args, "the batch size", self._train_batch_size, steps)
         return super().get_train_dataloader()
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As in `Trainer`; the backward of the last pass, which runs here, is named in errors."""
+        batch_loss = inputs.get("batch_loss")
+        # DeepSpeed's optimizer steps within that backward, and is no pass.
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        with nullcontext() if batch_loss is None or is_deepspeed else batch_loss.naming_pass():
+            return super().training_step(model, inputs, *args, **kwargs)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
@@ -256,6 +280,8 @@ class KTOTrainer(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [self._prepare_inputs(batch) for batch in batches]
         if batches:
+            self._get_ready(batches)
+            self._find_budget_once(batches)
             for batch, batch_loss in zip(batches, self._score(batches), strict=True):
                 batch["batch_loss"] = batch_loss
         return batches, num_items
@@ -297,7 +323,7 @@ class KTOTrainer(Trainer):
         if training:
             check_optimizer(self.args.optim, len(batch_loss.plan))
         done: Tensor | float = 0.0
-        with nullcontext() if training else evaluating(model):
+        with batch_loss.naming_pass(), nullcontext() if training else evaluating(model):
             for groups in batch_loss.plan[:-1]:
                 with before_the_last_pass(model, self.accelerator):
                     loss = batch_loss.pass_loss(model, groups)
@@ -424,6 +450,35 @@ class KTOTrainer(Trainer):
             settings.reference_cache = ReferenceCache(self._score_store, fingerprint)
         self._models_are_checked = True
 
+    def _find_budget_once(self, batches: list[dict[str, Any]]) -> None:
+        """A number for `max_tokens_per_pass="auto"`, at the first step of a run."""
+        if self.args.max_tokens_per_pass != "auto" or self._budget_is_found:
+            return
+        memory = self._device_memory()
+        tokens, reason = DEFAULT_TOKENS, "the default, since passes are measured on CUDA only"
+        if self._single_pass:
+            reason = "the default, since compute_loss is overridden"
+        elif memory is not None:
+            passes = trial_passes(self, batches, self._run_backward)
+            tokens, reason = measure_budget(passes, memory, self.accelerator)
+        self.step_settings.args = with_budget(self.args, tokens)
+        self._budget_is_found = True
+        if self.is_world_process_zero():
+            logger.warning("max_tokens_per_pass is %s: %s.", f"{tokens:,}", reason)
+
+    def _device_memory(self) -> DeviceMemory | None:
+        device = self.args.device
+        if device.type != "cuda":
+            return None
+        return CudaMemory(device, state_to_come(self.model, self.args, self.optimizer))
+
+    def _run_backward(self, loss: Callable[[], Tensor]) -> None:
+        """Forward and backward of a pass that is not the step's last."""
+        with before_the_last_pass(self.model_wrapped, self.accelerator):
+            with self.compute_loss_context_manager():
+                value = loss()
+            self.accelerator.backward(value)
+
     def _choose_layout(self, model: nn.Module, name: str, rows: list[Tensor]) -> Layout:
         """The best layout of passes that is exact for the model on all ranks."""
         check = choose_layout(model, rows)
@@ -439,7 +494,7 @@ class KTOTrainer(Trainer):
 
 
 class _StartOfTraining(TrainerCallback):
-    """Forgets what a run that was cut short had recorded, and fills the reference cache."""
+    """Forgets what a run before recorded, applies checkpoint_passes, fills the reference cache."""
 
     def __init__(self, trainer: KTOTrainer) -> None:
         self.trainer = trainer
@@ -453,5 +508,8 @@ class _StartOfTraining(TrainerCallback):
     ) -> None:
         self.trainer._train_metrics.clear()
         self.trainer._step_check.clear()
+        self.trainer._budget_is_found = False
+        if self.trainer._turns_off_checkpointing:
+            turn_off_checkpointing(self.trainer.model)
         if self.trainer.step_settings.args.precompute_ref_log_probs:
             precompute(self.trainer)

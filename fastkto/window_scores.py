@@ -146,7 +146,7 @@ def _plan_gradient(loss: BatchLoss, single_pass: bool) -> Plan:
         return [[[row] for row in range(len(loss.matched))]]
     # A router's loss is over the tokens of all rows, so there each row has its own prompt.
     share_prompts = not loss.settings.has_router
-    return plan_passes(loss.matched, args.max_tokens_per_pass, layout, share_prompts=share_prompts)
+    return plan_passes(loss.matched, args.grad_tokens, layout, share_prompts=share_prompts)
 
 
 def _saves_tokens(settings: StepSettings, sequences: Sequence[TokenSequence]) -> bool:
@@ -174,23 +174,25 @@ def _score(settings: StepSettings, losses: Sequence[BatchLoss], jobs: _Jobs) -> 
     for loss, part in zip(losses, logprob[: sum(sizes)].split(sizes), strict=True):
         loss.reference_logprob = part
     for job in jobs.policy:
-        policy_logprob = _logprobs(losses[0], settings.policy, job)
+        policy_logprob = _logprobs(losses[0], settings.policy, job, "policy")
         _estimate_kl(settings, losses, policy_logprob - logprob[sum(sizes) :])
 
 
 def _reference_logprobs(settings: StepSettings, losses: Sequence[BatchLoss], jobs: _Jobs) -> Tensor:
     """Log-probability of all matched, then all mismatched completions, fp64."""
     with settings.reference.scoring(settings.policy) as reference:
-        scored = torch.cat([_logprobs(losses[0], reference, job) for job in jobs.reference])
+        scored = torch.cat(
+            [_logprobs(losses[0], reference, job, "reference") for job in jobs.reference]
+        )
     if settings.reference.model is not None:
         release_gathered(settings.reference.model)
     return jobs.lookup.complete(scored)
 
 
-def _logprobs(loss: BatchLoss, model: nn.Module, job: _Job) -> Tensor:
+def _logprobs(loss: BatchLoss, model: nn.Module, job: _Job, of: str) -> Tensor:
     """Log-probability of each completion, [len(job.sequences)] fp64."""
     device, backend = loss.is_desirable.device, loss.settings.args.backend
-    return sequence_logprobs(model, *job, device=device, backend=backend)
+    return sequence_logprobs(model, *job, device=device, of=of, backend=backend)
 
 
 def _estimate_kl(settings: StepSettings, losses: Sequence[BatchLoss], log_ratio: Tensor) -> None:

@@ -204,3 +204,24 @@ def test_a_saved_model_is_not_read(capsys: pytest.CaptureFixture[str], tmp_path:
     output = planned(capsys, "--model", folder, "--memory=1GiB")
     size = sum(parameter.numel() for parameter in tiny_model("llama").parameters())
     assert f"{size:,} parameters, all trainable" in output
+
+
+def test_auto_plans_the_largest_pass_that_fits(
+    capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    flags = ["--model", model, "--max_tokens_per_pass=auto", "--per_device_train_batch_size=16"]
+    output = planned(capsys, *flags, "--memory=80GB", "--max_length=2048")
+    assert "32,768 tokens, the largest that fits, gradient checkpointing" in output
+
+
+def test_what_fits_without_checkpointing_is_said(
+    capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    flags = ["--model", model, "--max_length=2048", "--max_tokens_per_pass=2048", "--memory=24GB"]
+    flags += ["--use_peft", "--lora_target_modules=all-linear"]
+    output = " ".join(planned(capsys, *flags).split())
+    found = re.search(r"Without gradient checkpointing the run needs ([\d.]+) GiB", output)
+    assert found is not None and "which saves 1 of about 6 forwards' work of an" in output
+    output = planned(capsys, *flags, "--checkpoint_passes=auto")
+    assert "no gradient checkpointing" in output and "is turned off, which saves 1" in output
+    assert f"{rows(output)['total']:.2f}" == found[1]

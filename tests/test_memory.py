@@ -188,6 +188,17 @@ def test_the_largest_pass_without_gradient_needs_no_more_than_one_with(tmp_path:
     assert 128 <= kept < 4096
 
 
+def test_the_largest_budget_fits_and_a_larger_one_does_not(tmp_path: Path) -> None:
+    args = KTOConfig(str(tmp_path), use_cpu=True, head_memory_mib=1, per_device_train_batch_size=64)
+    estimator = MemoryEstimator(tiny_model("llama"), args)
+    limit = estimator.run(512, 5000).total
+    tokens = estimator.largest_budget(512, limit)
+    assert 4096 <= tokens <= 5000 + 512 and estimator.run(512, tokens).total <= limit
+    assert estimator.run(512, int(1.2 * tokens)).total > limit
+    assert estimator.largest_budget(512, estimator.run(512).total - 1) == 512
+    assert estimator.largest_budget(512, 2**40) == 64 * 512
+
+
 def test_measuring_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = tiny_model("llama").eval()
     attention = model.config._attn_implementation

@@ -30,7 +30,8 @@ COMMON = {
     ),
     "memory and speed": (
         "max_tokens_per_pass", "dtype", "bf16", "attn_implementation", "gradient_checkpointing",
-        "precompute_ref_log_probs", "backend", "head", "head_memory_mib",
+        "checkpoint_passes", "activation_offloading", "precompute_ref_log_probs", "backend", "head",
+        "head_memory_mib",
     ),
     "adapters": ("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "load_in_4bit"),
     "logs and checkpoints": (
@@ -84,6 +85,7 @@ class TrainParser(HfArgumentParser):
             for name, annotation in vars(base).get("__annotations__", {}).items()
             if "None" in str(annotation)
         }
+        self._option_string_actions["--max_tokens_per_pass"].type = _number_or_auto
         resume = self._option_string_actions["--resume_from_checkpoint"]
         resume.nargs, resume.const = "?", "true"
         for flag, text in HELP.items():
@@ -204,6 +206,8 @@ class _HelpFormatter(argparse.HelpFormatter):
             return ", ".join(names)
         if action.type is _true_or_false:
             values = "true|false"
+        if action.type is _number_or_auto:
+            values = "NUMBER|auto"
         return f"{', '.join(names)} {values}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -218,6 +222,15 @@ def _true_or_false(text: str) -> bool:
         return bool(string_to_bool(text))
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
+
+
+def _number_or_auto(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def _config_parser() -> argparse.ArgumentParser:

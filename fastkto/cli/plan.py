@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastkto.checkpoint_passes import MARGIN as SPARE
+from fastkto.checkpoint_passes import WithoutCheckpointing, saving, without_checkpointing
 from fastkto.cli.arguments import Arguments
 from fastkto.cli.console import CommandError, mistakes, say, table
 from fastkto.cli.parser import COMMON, TrainParser
@@ -101,8 +103,14 @@ def plan(arguments: Arguments, target: Target) -> None:
         raise CommandError("max_length is empty; give the longest sequence's tokens")
     with mistakes(*SETTING_UP):
         estimator = plan_estimator(arguments, target.processes)
-        memory = estimator.run(length, pass_budget(args))
-    budget = pass_budget(args)
+        budget = pass_budget(args)
+        without = None
+        if args.gradient_checkpointing:
+            without = without_checkpointing(estimator, length, budget, target.memory)
+            # as the trainer does, before it looks for the largest pass
+            args.gradient_checkpointing = args.checkpoint_passes is None or not without.fits
+        largest = budget or estimator.largest_budget(length, target.memory)
+        memory = estimator.run(length, largest)
     say(table(_facts(arguments, estimator, memory, target)))
     say()
     say(_needs(memory, target))
@@ -110,6 +118,9 @@ def plan(arguments: Arguments, target: Target) -> None:
     say(_passes(estimator, memory, length))
     say()
     say(fill(_verdict(estimator, memory, target, budget), 100))
+    if without is not None and without.fits:
+        say()
+        say(fill(_without_checkpointing(estimator, without), 100))
     say()
     say(NOT_COUNTED)
     if memory.total > target.memory:
@@ -121,7 +132,9 @@ def _facts(
     arguments: Arguments, estimator: MemoryEstimator, memory: RunMemory, target: Target
 ) -> list[tuple[str, str]]:
     args, policy = arguments.training, estimator.policy
+    found = ", the largest that fits" if args.max_tokens_per_pass == "auto" else ""
     checkpointing = "gradient" if args.gradient_checkpointing else "no gradient"
+    offloading = ", activations in host memory" if args.activation_offloading else ""
     devices = ""
     if target.processes > 1:
         kind = "FSDP" if estimator.deployment.sharded else "DistributedDataParallel"
@@ -131,7 +144,10 @@ def _facts(
     return [
         ("model", describe_model(policy)),
         ("precision", precise),
-        ("pass", f"{memory.pass_tokens:,} tokens, {checkpointing} checkpointing"),
+        (
+            "pass",
+            f"{memory.pass_tokens:,} tokens{found}, {checkpointing} checkpointing{offloading}",
+        ),
         ("attention", policy.config._attn_implementation),
         ("optimizer", str(getattr(args.optim, "value", args.optim))),
         ("memory", f"{target.memory / GIB:.2f} GiB{devices}"),
@@ -207,6 +223,18 @@ def _verdict(
     if positions is not None and context > positions:
         text += f", more than the {positions:,} positions of the model"
     return f"{text}."
+
+
+def _without_checkpointing(estimator: MemoryEstimator, without: WithoutCheckpointing) -> str:
+    args = estimator.args
+    needs = f"needs {without.total / GIB:.2f} GiB, which fits with {SPARE:.0%} to spare"
+    saved = f"saves {saving(estimator.policy, args)}"
+    if args.gradient_checkpointing:
+        return (
+            f"Without gradient checkpointing the run {needs}. --checkpoint_passes auto turns it "
+            f"off, which {saved}."
+        )
+    return f"Gradient checkpointing is turned off, which {saved}: without it the run {needs}."
 
 
 def _say_settings(arguments: Arguments, memory: RunMemory, target: Target) -> None:

@@ -77,6 +77,8 @@ def _options(arguments: Arguments) -> Iterator[_Option]:
         yield _Option(f"--max_tokens_per_pass {length}", {}, {"max_tokens_per_pass": length})
     if not args.gradient_checkpointing:
         yield _Option("--gradient_checkpointing", {}, {"gradient_checkpointing": True})
+    if not args.activation_offloading:
+        yield _Option("--activation_offloading", {}, {"activation_offloading": True})
     if not args.bf16 and not args.fp16 and model.dtype == "float32":
         yield _Option("--bf16", {}, {"bf16": True})
     if args.head_memory_mib > SMALL_HEAD_MIB:

@@ -74,7 +74,7 @@ def look_at_batches(trainer: KTOTrainer) -> BatchFacts:
     """The first device batches of this process, without reading their tokens."""
     columns = trainer.train_dataset.with_format("numpy", columns=["label", "length"])[:]
     label, length = columns["label"], columns["length"]
-    max_tokens = trainer.step_settings.args.max_tokens_per_pass
+    max_tokens = trainer.step_settings.args.grad_tokens
     layout = expected_layout(trainer.model).layout
     one_class, passes = 0, []
     cuda = [torch.cuda.current_device()] if trainer.args.device.type == "cuda" else []
@@ -139,10 +139,12 @@ def _batches(trainer: KTOTrainer, batches: BatchFacts) -> str:
 
 
 def _passes(batches: BatchFacts, args: KTOConfig) -> str:
+    if args.max_tokens_per_pass == "auto":
+        return "as large as fits, which is found before the first step (max_tokens_per_pass=auto)"
     middle, most = round(median(batches.passes)), max(batches.passes)
     number = f"{middle}" if middle == most else f"{middle} (median), at most {most},"
     return (
-        f"{number} per batch with gradient, of at most {args.max_tokens_per_pass:,} tokens "
+        f"{number} per batch with gradient, of at most {args.grad_tokens:,} tokens "
         f"(max_tokens_per_pass){batches.extent}"
     )
 

@@ -1,0 +1,144 @@
+"""Passes of any size, run as a step runs its own, that leave nothing behind."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import Trainer
+
+from fastkto.data.batch import TokenSequence, matched_sequences
+from fastkto.head_check import evaluating
+from fastkto.passes import Layout, sequence_logprobs
+from fastkto.sharding import release_gathered
+from fastkto.step import BatchLoss, StepSettings
+from fastkto.window import PairedBatch
+
+
+class TrialPasses:
+    """Passes over sequences as long as the longest rows, every token but the first one scored."""
+
+    def __init__(
+        self,
+        settings: StepSettings,
+        lengths: Sequence[int],  # of the rows of the largest batch, the longest first
+        tokens: Tensor,  # [T] int64, of a real row
+        backward: Callable[[Callable[[], Tensor]], None],  # forward and backward of a loss
+        model: nn.Module,  # the policy in its wrappers
+    ) -> None:
+        self._settings, self._lengths, self._tokens = settings, lengths, tokens
+        self._backward, self._model = backward, model
+
+    @property
+    def least(self) -> int:
+        """Tokens of the longest sequence, which is a pass whatever the budget."""
+        return self._lengths[0]
+
+    @property
+    def most(self) -> int:
+        """Tokens of a pass over the largest batch, the most that a budget has a use for."""
+        layout = self._settings.policy_layout
+        if layout is Layout.PACKED:
+            return sum(self._lengths)
+        return self.least * (len(self._lengths) if layout is Layout.PADDED else 1)
+
+    def with_gradient(self, tokens: int) -> None:
+        """A gradient pass of so many tokens; its gradients are added to what is there."""
+        sequences = self._sequences(tokens, self._settings.policy_layout)
+        self._model.train()
+        self._backward(lambda: self._loss(sequences))
+
+    def without_gradient(self, tokens: int) -> None:
+        """A pass of the reference, and one of the policy."""
+        settings = self._settings
+        with evaluating(settings.policy):
+            with settings.reference.scoring(settings.policy) as reference:
+                self._score(reference, tokens, settings.reference_layout)
+            if settings.reference.model is not None:
+                release_gathered(settings.reference.model)
+            self._score(settings.policy, tokens, settings.policy_layout)
+
+    @contextmanager
+    def leaving_no_trace(self) -> Iterator[None]:
+        """Random state and modes are what they were, and gradients are gone."""
+        device = self._tokens.device
+        modes = [(module, module.training) for module in self._model.modules()]
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                yield
+        finally:
+            self._model.zero_grad(set_to_none=True)
+            for module, mode in modes:
+                module.training = mode
+
+    def _score(self, model: nn.Module, tokens: int, layout: Layout) -> None:
+        sequences = self._sequences(tokens, layout)
+        plan = [[[row] for row in range(len(sequences))]]
+        backend = self._settings.args.backend
+        device = self._tokens.device
+        sequence_logprobs(model, sequences, plan, layout, device=device, backend=backend)
+
+    def _loss(self, sequences: list[TokenSequence]) -> Tensor:
+        count = len(sequences)
+        batch: dict[str, Any] = {
+            "label": torch.ones(count, dtype=torch.bool, device=self._tokens.device),
+            "input_ids": torch.cat([torch.cat([one.prompt, one.completion]) for one in sequences]),
+            "rows": list(range(count)),
+            "prompt_lengths": [len(one.prompt) for one in sequences],
+            "completion_lengths": [len(one.completion) for one in sequences],
+            "prompt_keys": [one.prompt_key for one in sequences],
+        }
+        loss = BatchLoss(self._settings, batch, PairedBatch([None] * count, 0, 0), count)
+        loss.reference_logprob = torch.zeros(count, dtype=torch.float64, device=self._tokens.device)
+        loss.kl = loss.reference_logprob.new_zeros(())
+        loss.plan = [[[row] for row in range(count)]]
+        return loss.pass_loss(self._model, loss.plan[0])
+
+    def _sequences(self, tokens: int, layout: Layout) -> list[TokenSequence]:
+        """Sequences of so many tokens in all, and one at least."""
+        if layout is Layout.PACKED:
+            lengths, left = [], tokens
+            for length in cycle(self._lengths):
+                lengths.append(min(length, left))
+                left -= lengths[-1]
+                if left == 0:
+                    break
+        else:
+            rows = tokens // self.least if layout is Layout.PADDED else 1
+            lengths = [self.least] * max(rows, 1)
+        return [self._sequence(index, length) for index, length in enumerate(lengths)]
+
+    def _sequence(self, index: int, length: int) -> TokenSequence:
+        repeated = self._tokens.repeat(-(-length // len(self._tokens)))[:length]
+        return TokenSequence(repeated[:0], repeated, index)
+
+
+def trial_passes(
+    trainer: Trainer, batches: Sequence[dict[str, Any]], backward: Callable[..., None]
+) -> TrialPasses:
+    """Passes with the lengths of the training data; without one of known rows, of `max_length`.
+
+    Without either, of the longest row of the first step on any rank.
+    """
+    args, settings = trainer.args, trainer.step_settings
+    rows = [row for batch in batches for row in matched_sequences(batch, args.max_length)]
+    longest = max(rows, key=lambda row: row.length)
+    data = trainer.train_dataset
+    if isinstance(data, Dataset):
+        known = sorted(data.with_format("numpy", columns=["length"])["length"][:].tolist())
+        lengths = known[::-1][: trainer._train_batch_size]
+    else:
+        length = args.max_length or int(most_of_ranks(longest.length, trainer.accelerator))
+        lengths = [length] * trainer._train_batch_size
+    tokens = torch.cat([longest.prompt, longest.completion])
+    return TrialPasses(settings, lengths, tokens, backward, trainer.model_wrapped)
+
+
+def most_of_ranks(value: float, accelerator: Accelerator) -> float:
+    """The largest of all ranks' values."""
+    values = torch.tensor([value], dtype=torch.float32, device=accelerator.device)
+    return accelerator.gather(values).max().item()
