@@ -32,7 +32,7 @@ def enable_segments(model: PreTrainedModel) -> None:
     Whether all layers heed them is for `fastkto.packing` to find out.
     """
     config = model.config.get_text_config()
-    name = config._attn_implementation
+    name = own_attention(model)
     if name == "eager":
         AttentionInterface.register(SEGMENTED_EAGER, attend_eager)
         AttentionMaskInterface.register(SEGMENTED_EAGER, ALL_MASK_ATTENTION_FUNCTIONS["eager"])

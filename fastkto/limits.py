@@ -29,8 +29,8 @@ def check_batch_size(args: KTOConfig, name: str, batch_size: int, steps: int = 1
         "use at least 2 for each process, or kl_scope='window' with more than one row in an "
         "optimizer step, or loss_type='apo_zero_unpaired'"
         if args.kl_scope == "batch"
-        else "raise it, gradient_accumulation_steps or the number of processes, or use "
-        "loss_type='apo_zero_unpaired'"
+        else "raise it, or for training gradient_accumulation_steps, or the number of processes, "
+        "or use loss_type='apo_zero_unpaired'"
     )
     raise ValueError(
         f"{name} is {batch_size}{split} and loss_type='kto' estimates its KL term from each row's "
@@ -68,6 +68,13 @@ def check_arguments(model: Any, ref_model: Any, args: KTOConfig, compute_metrics
         raise ValueError(
             f"{name}=True converts the weights when it evaluates, so that log-probabilities which "
             "precompute_ref_log_probs=True has kept are another reference's; leave one of them out"
+        )
+    optim = str(getattr(args.optim, "value", args.optim))
+    if args.gradient_accumulation_steps > 1 and any(kind in optim for kind in STEPS_IN_BACKWARD):
+        raise ValueError(
+            f"optim={optim!r} updates the weights inside backward, so the later of "
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} micro-batches would "
+            "have a KL estimate of other weights; use 1, or another optimizer"
         )
     if args.use_liger_kernel:
         raise ValueError(

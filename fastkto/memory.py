@@ -163,7 +163,9 @@ class MemoryEstimator:
         batch = max_length * self.args.per_device_train_batch_size
         tokens = max(max_length, min(budget, batch))
         # matched and mismatched sequences together, see `KTOConfig.no_grad_tokens`
-        no_grad_tokens = max(max_length, 2 * min(budget, batch))
+        no_grad_tokens = max(
+            max_length, 2 * min(budget, batch * self.args.gradient_accumulation_steps)
+        )
         plan, shards = self.deployment, 1
         if plan.sharded:
             shards = plan.processes

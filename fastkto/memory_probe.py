@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from fastkto.attention import own_attention
 from fastkto.head_family import read_head
 from fastkto.head_scores import own_logits, score_by_logits, score_by_weight
 from fastkto.memory_fake import (
@@ -30,13 +31,15 @@ from fastkto.memory_fake import (
     shortcuts,
     use_linear_attention,
 )
+from fastkto.packing import reason_not_to_pack
 from fastkto.router import balancing_loss
 
 # Scored tokens that are measured with head="logits": the slices behind them need nothing new.
 MOST_SLICED = 8192
 # Layers of each kind in the smallest model that is measured: a first and a last one.
 FEWEST_LAYERS = 2
-# Measured as they are; every other attention is taken to need what FlashAttention needs.
+# Measured as they are, "sdpa" only in models that cannot be packed; every other attention is taken
+# to need what FlashAttention needs.
 WITH_MASKS = ("eager", "sdpa")
 
 
@@ -129,7 +132,10 @@ class PassProbe:
             dropped = [layer for kind in self.kinds for layer in kind if layer not in kept]
             model = fake_copy(self._model, dropped)
             causal_lm = _causal_lm(model)
-            if causal_lm.config._attn_implementation not in WITH_MASKS:
+            name = own_attention(causal_lm)
+            # Packed passes have masks of a bounded number of queries.
+            is_packed = name == "sdpa" and not reason_not_to_pack(model, causal_lm)
+            if is_packed or name not in WITH_MASKS:
                 use_linear_attention(causal_lm)
             self._copies[counts] = model
         return self._copies[counts]

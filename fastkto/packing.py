@@ -6,6 +6,7 @@ as it does alone, in a packed row with others as well as in a padded pass, and m
 stands before it.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,10 @@ from fastkto.data.batch import TokenSequence
 from fastkto.head import scoring_model
 from fastkto.head_check import evaluating, unit_rounding
 from fastkto.passes import Group, Layout, build_pass, run_pass
+from fastkto.ranks import Ranks
 from fastkto.segments import Segments
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 256  # of each row
 # What mixes neighbours changes the first tokens behind another sequence most.
@@ -67,12 +71,26 @@ def choose_layout(model: nn.Module, rows: Sequence[Tensor]) -> PackingCheck:
     )
 
 
+def agree_on_layout(model: nn.Module, name: str, rows: Sequence[Tensor], ranks: Ranks) -> Layout:
+    """`choose_layout` on all ranks, and the best that is exact on each; says what is in its way."""
+    check = choose_layout(model, rows)
+    layouts = list(Layout)  # each exact wherever one before it is
+    inexact = [float(layouts.index(check.layout) > index) for index in range(len(layouts))]
+    found = ranks.sum(torch.tensor(inexact, device=ranks.accelerator.device))
+    agreed = layouts[sum(count > 0 for count in found.tolist())]
+    if agreed is not check.layout:
+        check = PackingCheck(agreed, "another rank found it inexact")
+    if check.reason:
+        logger.warning("Passes of the %s are not packed: %s.", name, check.reason)
+    return agreed
+
+
 def expected_layout(model: nn.Module) -> PackingCheck:
     """What the classes and configs of `model` say, before anything has run."""
     inner = scoring_model(model)
     if rope := _length_dependent_rope(inner.config.get_text_config()):
         return PackingCheck(Layout.ALONE, f"{rope!r} position embeddings depend on the pass")
-    reason = _reason_from_config(model, inner)
+    reason = reason_not_to_pack(model, inner)
     return PackingCheck(Layout.PADDED if reason else Layout.PACKED, reason)
 
 
@@ -86,7 +104,7 @@ def _length_dependent_rope(config: Any) -> str | None:
     return next((name for name in types if name in _LENGTH_DEPENDENT_ROPE), None)
 
 
-def _reason_from_config(model: nn.Module, inner: PreTrainedModel) -> str:
+def reason_not_to_pack(model: nn.Module, inner: PreTrainedModel) -> str:
     """Why `inner` cannot be packed, as far as its class and config say; "" if they do not."""
     config: Any = inner.config.get_text_config()
     name = type(inner).__name__

@@ -12,11 +12,12 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import has_length
 from transformers.utils.logging import tqdm
 
+from fastkto.reference import ReleasedReference
 from fastkto.step import BatchLoss
 from fastkto.window_scores import pair_losses, score_reference
 
@@ -24,18 +25,6 @@ if TYPE_CHECKING:
     from fastkto.trainer import KTOTrainer
 
 logger = logging.getLogger(__name__)
-
-
-class ReleasedReference(nn.Module):
-    """Stands where the reference model was, when the cache has all that the run will ask for."""
-
-    def forward(self, **inputs: Any) -> Any:
-        """There is none."""
-        raise ValueError(
-            "the reference is asked for a log-probability that was not computed before the first "
-            "step, and its model has been released since; give all rows to evaluate on as "
-            "eval_dataset, or set precompute_ref_log_probs=False"
-        )
 
 
 class _Window(NamedTuple):
@@ -104,7 +93,7 @@ def _score(
     def flush() -> None:
         nonlocal hits, misses
         if losses:
-            score_reference(settings, losses)
+            _check(losses, score_reference(settings, losses))
             hits += int(losses[0].sums["ref_cache_hits"])
             misses += int(losses[0].sums["ref_cache_misses"])
             bar.update(len(losses))
@@ -135,6 +124,20 @@ def _losses(trainer: KTOTrainer, window: _Window, paired: bool) -> list[BatchLos
         for loss in losses:
             loss.mismatched = []
     return losses
+
+
+def _check(losses: list[BatchLoss], logprob: Tensor) -> None:
+    """Name rows whose scores are not finite, which are not kept."""
+    rows = [row for loss in losses for row in loss.rows]
+    rows += [loss.rows[index] for loss in losses for index in loss.paired_rows]
+    finite = torch.isfinite(logprob).tolist()
+    bad = sorted({row for row, is_finite in zip(rows, finite, strict=False) if not is_finite})
+    if bad:
+        raise FloatingPointError(
+            f"the reference's log-probabilities of rows {bad} of the data set, or of their prompts "
+            "with another row's completion, are not finite. Look at these rows and at the "
+            "reference's weights; with fp16, use bf16"
+        )
 
 
 def _release(trainer: KTOTrainer) -> None:

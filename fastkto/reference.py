@@ -45,6 +45,18 @@ class Reference:
                 parameter.requires_grad_(requires_grad)
 
 
+class ReleasedReference(nn.Module):
+    """Stands where the reference model was, when the cache has all that the run will ask for."""
+
+    def forward(self, **inputs: Any) -> Any:
+        """There is none."""
+        raise ValueError(
+            "the reference is asked for a log-probability that was not computed before the first "
+            "step, and its model has been released since; give all rows to evaluate on as "
+            "eval_dataset, or set precompute_ref_log_probs=False"
+        )
+
+
 def choose_reference(
     policy: PreTrainedModel | PeftModel,
     reference_model: PreTrainedModel | None,

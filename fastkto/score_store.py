@@ -3,6 +3,7 @@
 import math
 import sqlite3
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,8 +35,10 @@ class ScoreStore:
         self.path = Path(folder).expanduser() / FILE_NAME
         with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(self.path, timeout=_WAIT_SECONDS)
-            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection = sqlite3.connect(
+                self.path, timeout=_WAIT_SECONDS, check_same_thread=False
+            )
+            _write_ahead(self._connection)
             # A power failure may cost the last transactions, a kill none: they are scored again.
             self._connection.execute("PRAGMA synchronous = NORMAL")
             with self._connection:
@@ -78,3 +81,16 @@ class ScoreStore:
                 f"the reference cache {self.path} is damaged: {error}. Delete it with the files "
                 "beside it whose names begin like its own; its scores are computed again"
             ) from error
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Turn the write-ahead log on; unlike others, this statement does not wait for its turn."""
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

@@ -64,6 +64,7 @@ class BatchLoss:
         self.settings = settings
         self.rows: list[int] = batch["rows"]
         self.is_desirable: Tensor = batch["label"]
+        self.input_ids: Tensor = batch["input_ids"]
         max_length = settings.args.max_length
         self.matched = matched_sequences(batch, max_length)
         mismatched = mismatched_sequences(batch, pairs.partners, max_length)
@@ -79,6 +80,15 @@ class BatchLoss:
         self.sums: dict[str, Tensor | float] = {}
         if settings.args.needs_kl:
             self.add(lone_rows=pairs.lone_rows, same_prompt_rows=pairs.same_prompt_pairs)
+
+    def take_labels(self, batch: dict[str, Any]) -> None:
+        """Labels as they are now: a subclass may have changed them since the rows were scored."""
+        if batch["input_ids"].data_ptr() != self.input_ids.data_ptr():
+            raise ValueError(
+                "input_ids of a batch were replaced after its sequences had been scored; change "
+                "rows in data_collator"
+            )
+        self.is_desirable = batch["label"]
 
     @property
     def num_tokens(self) -> int:

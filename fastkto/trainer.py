@@ -3,11 +3,10 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,7 +25,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from fastkto.checkpoint_passes import needs_checkpointing, turn_off_checkpointing
 from fastkto.config import DEFAULT_TOKENS, KTOConfig
 from fastkto.data.batch import KTOCollator, check_batch, matched_sequences
-from fastkto.data.rows import RowReport, prepare_rows
+from fastkto.data.prepare import COLUMNS, AnyDataset, prepare_data
+from fastkto.data.rows import RowReport
 from fastkto.head import attach_scoring
 from fastkto.head_check import check_head, evaluating
 from fastkto.limits import (
@@ -38,7 +38,7 @@ from fastkto.limits import (
     set_distributed_defaults,
 )
 from fastkto.metrics import Metrics, TokenCount
-from fastkto.packing import PackingCheck, choose_layout
+from fastkto.packing import agree_on_layout
 from fastkto.pass_budget import (
     CudaMemory,
     DeviceMemory,
@@ -75,9 +75,6 @@ from fastkto.trial_passes import trial_passes
 from fastkto.window_scores import score_window
 
 logger = logging.getLogger(__name__)
-
-AnyDataset: TypeAlias = Dataset | IterableDataset
-COLUMNS = ["prompt_ids", "completion_ids", "label", "length", "row"]
 
 
 class KTOTrainer(Trainer):
@@ -206,46 +203,10 @@ class KTOTrainer(Trainer):
         self.add_callback(_StartOfTraining(self))
 
     def _prepare(
-        self,
-        dataset: AnyDataset | dict[str, AnyDataset] | None,
-        name: str,
-        tokenizer: PreTrainedTokenizerBase,
-        args: KTOConfig,
+        self, dataset: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: KTOConfig
     ) -> Any:
-        """Tokenise a data set, or each of a dict's, unless it is prepared already."""
-        if dataset is None:
-            return None
-        if isinstance(dataset, dict):
-            return {
-                key: self._prepare(part, f"{name}_{key}", tokenizer, args)
-                for key, part in dataset.items()
-            }
-        if not isinstance(dataset, Dataset | IterableDataset):
-            raise TypeError(
-                f"the {name} data is a {type(dataset).__name__}; pass a datasets.Dataset or "
-                "IterableDataset, for example Dataset.from_list(rows)"
-            )
-        if set(COLUMNS) <= set(dataset.column_names or ()):
-            return dataset
-        with args.main_process_first(desc=f"preparing the {name} data set"):
-            prepared, report = prepare_rows(
-                dataset,
-                tokenizer,
-                max_length=args.max_length,
-                num_proc=args.dataset_num_proc,
-                name=name,
-            )
-        if report is not None:
-            self.row_reports[name] = report
-            logger.info(
-                "the %s data has %d desirable and %d undesirable rows",
-                name,
-                report.desirable,
-                report.undesirable,
-            )
-            advice = report.weight_advice(args.desirable_weight, args.undesirable_weight)
-            if name == "train" and advice:
-                logger.warning(advice)
+        prepared, reports = prepare_data(dataset, name, tokenizer, args)
+        self.row_reports |= reports
         return prepared
 
     @property
@@ -278,6 +239,8 @@ class KTOTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         """As in `Trainer`; the scores without gradient are there for all of a step's batches."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if hasattr(self.optimizer, "train"):  # some have other weights since an evaluation
+            self.optimizer.train()
         batches = [self._prepare_inputs(batch) for batch in batches]
         if batches:
             self._get_ready(batches)
@@ -320,6 +283,7 @@ class KTOTrainer(Trainer):
         if batch_loss is None:  # not handed out by get_batch_samples: a step of its own
             counted = len(inputs["rows"]) - (0 if training else self._repeated_rows.count(inputs))
             (batch_loss,) = self._score([inputs], [counted])
+        batch_loss.take_labels(inputs)
         if training:
             check_optimizer(self.args.optim, len(batch_loss.plan))
         done: Tensor | float = 0.0
@@ -435,14 +399,16 @@ class KTOTrainer(Trainer):
         sequences = [one for batch in batches for one in matched_sequences(batch, max_length)]
         longest = sorted(sequences, key=lambda sequence: -sequence.length)[:2]
         rows = [torch.cat([one.prompt, one.completion]) for one in longest]
+        # Two of two tokens and more, so that all ranks run the same forwards of a sharded model.
+        rows = [row.repeat(2) if len(row) == 1 else row for row in (rows * 2)[:2]]
         policy, reference = self.step_settings.policy, self.reference.model
         check_head(policy, rows)
         settings = self.step_settings
-        settings.policy_layout = self._choose_layout(policy, "policy", rows)
+        settings.policy_layout = agree_on_layout(policy, "policy", rows, self.ranks)
         settings.reference_layout = settings.policy_layout
         if reference is not None:
             check_head(reference, rows)
-            settings.reference_layout = self._choose_layout(reference, "reference", rows)
+            settings.reference_layout = agree_on_layout(reference, "reference", rows, self.ranks)
         if self._score_store is not None:
             fingerprint = reference_fingerprint(
                 self.reference, self.model, mixed_precision=self.accelerator.mixed_precision
@@ -478,19 +444,6 @@ class KTOTrainer(Trainer):
             with self.compute_loss_context_manager():
                 value = loss()
             self.accelerator.backward(value)
-
-    def _choose_layout(self, model: nn.Module, name: str, rows: list[Tensor]) -> Layout:
-        """The best layout of passes that is exact for the model on all ranks."""
-        check = choose_layout(model, rows)
-        layouts = list(Layout)  # each exact wherever one before it is
-        inexact = [float(layouts.index(check.layout) > index) for index in range(len(layouts))]
-        ranks = self.ranks.sum(torch.tensor(inexact, device=self.args.device))
-        agreed = layouts[sum(count > 0 for count in ranks.tolist())]
-        if agreed is not check.layout:
-            check = PackingCheck(agreed, "another rank found it inexact")
-        if check.reason:
-            logger.warning("Passes of the %s are not packed: %s.", name, check.reason)
-        return agreed
 
 
 class _StartOfTraining(TrainerCallback):

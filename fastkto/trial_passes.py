@@ -14,6 +14,7 @@ from transformers import Trainer
 from fastkto.data.batch import TokenSequence, matched_sequences
 from fastkto.head_check import evaluating
 from fastkto.passes import Layout, sequence_logprobs
+from fastkto.reference import ReleasedReference
 from fastkto.sharding import release_gathered
 from fastkto.step import BatchLoss, StepSettings
 from fastkto.window import PairedBatch
@@ -56,8 +57,9 @@ class TrialPasses:
         """A pass of the reference, and one of the policy."""
         settings = self._settings
         with evaluating(settings.policy):
-            with settings.reference.scoring(settings.policy) as reference:
-                self._score(reference, tokens, settings.reference_layout)
+            if not isinstance(settings.reference.model, ReleasedReference):
+                with settings.reference.scoring(settings.policy) as reference:
+                    self._score(reference, tokens, settings.reference_layout)
             if settings.reference.model is not None:
                 release_gathered(settings.reference.model)
             self._score(settings.policy, tokens, settings.policy_layout)

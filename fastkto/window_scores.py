@@ -79,11 +79,14 @@ def pair_losses(
     return losses
 
 
-def score_reference(settings: StepSettings, losses: Sequence[BatchLoss]) -> None:
-    """Put the reference's scores that the losses need into the cache, as far as it lacks them."""
+def score_reference(settings: StepSettings, losses: Sequence[BatchLoss]) -> Tensor:
+    """Put the reference's scores that the losses need into the cache, as far as it lacks them.
+
+    Returns them, of all matched, then all mismatched completions, fp64.
+    """
     jobs = _plan(settings, losses, single_pass=False)
     with evaluating(settings.policy):
-        _reference_logprobs(settings, losses, jobs)
+        return _reference_logprobs(settings, losses, jobs)
 
 
 class _Job(NamedTuple):

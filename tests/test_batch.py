@@ -326,6 +326,10 @@ def good() -> dict[str, Any]:
         ({"completion_lengths": [4, 0]}, "row 1 has 1 prompt and 0 completion tokens"),
         ({"prompt_lengths": [-1, 3]}, "row 0 has -1 prompt and 2 completion tokens"),
         (
+            {"prompt_keys": [7, 7], "prompt_lengths": [1, 2], "completion_lengths": [2, 1]},
+            "prompt_keys has 7 for prompts of 1 and 2 tokens, .* are read once",
+        ),
+        (
             {"input_ids": torch.ones(14).long(), "prompt_lengths": [9, 1]},
             "row 0 has 9 prompt and 2 completion tokens, .* max_length=9; prepare the data set",
         ),

@@ -219,3 +219,27 @@ def test_a_config_alone_is_enough() -> None:
     probe = PassProbe(model, ProbeSettings(head_memory_mib=1))
     kept = probe.measure(1, 4096, gradient=True, checkpointing=True).kept
     assert kept == pytest.approx(80 * 4096 * 8192 * 4, rel=0.05)
+
+
+def test_passes_without_gradient_span_the_accumulated_batches(tmp_path: Path) -> None:
+    runs = []
+    for steps in (1, 16):
+        args = KTOConfig(
+            str(tmp_path),
+            use_cpu=True,
+            head_memory_mib=1,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=steps,
+            kl_scope="window",
+        )
+        runs.append(MemoryEstimator(tiny_model("llama"), args).run(256, 8192))
+    one, many = (run.no_gradient_pass.peak for run in runs)
+    assert many > 4 * one
+    assert runs[0].gradient_pass == runs[1].gradient_pass
+
+
+def test_sliding_windows_grow_linearly_in_packed_passes() -> None:
+    model = tiny_model("gemma3", attn_implementation="sdpa")
+    probe = PassProbe(model, ProbeSettings(head_memory_mib=1))
+    few, many = (probe.measure(1, tokens, gradient=True).kept for tokens in (2048, 4096))
+    assert many / few == pytest.approx(2, rel=0.05)

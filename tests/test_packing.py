@@ -320,3 +320,14 @@ def test_no_row_to_try_it_on_is_said() -> None:
     assert check(tiny_model("llama"), [torch.tensor([5])]) == PackingCheck(
         Layout.PADDED, "there is no sequence of two tokens to try it on"
     )
+
+
+def test_a_model_that_is_tried_twice_stays_packed() -> None:
+    """Eager attention is put in its place once, and another model's is not touched by it."""
+    models = [tiny_model("llama", seed=seed, attn_implementation="eager") for seed in (1, 2)]
+    first, second = (check(model) for model in models)
+    tokens = torch.arange(10, 30)[None]
+    before = models[1](tokens).logits
+    again = check(models[0])
+    assert [one.layout for one in (first, second, again)] == [Layout.PACKED] * 3
+    assert torch.equal(models[1](tokens).logits, before)

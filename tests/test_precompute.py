@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import BitsAndBytesConfig
@@ -314,3 +314,17 @@ def test_settings_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train(tmp_path, model=tiny_model("qwen2", seed=1), **settings)
+
+
+def test_rows_that_the_reference_cannot_score_are_named(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt_ids": [10 + row, 11], "completion_ids": [12, 13, 1], "label": row % 2 == 0}
+        for row in range(8)
+    ]
+    rows[5] |= {"prompt_ids": [120]}  # shorter than those that the models are checked with
+    reference = tiny_model("llama", seed=2)
+    with torch.no_grad():
+        reference.get_input_embeddings().weight[120] = float("nan")
+    run = trainer(tmp_path, ref_model=reference, train_dataset=Dataset.from_list(rows))
+    with pytest.raises(FloatingPointError, match=r"reference's log-probabilities of rows \[5\]"):
+        run.train()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,18 @@ def test_damaged_file_is_named(start: int, tmp_path: Path) -> None:
     message = f"{tmp_path / FILE_NAME} is damaged: .*Delete it"
     with pytest.raises(ReferenceCacheError, match=message):
         ScoreStore(tmp_path).read([f"{number}".encode() for number in range(2000)])
+
+
+def test_many_processes_make_a_store_at_once(tmp_path: Path) -> None:
+    writers = [start_writer(tmp_path, f"writer{number}", 1) for number in range(6)]
+    assert [writer.wait(timeout=120) for writer in writers] == [0] * 6
+
+
+def test_a_store_serves_another_thread(tmp_path: Path) -> None:
+    store = ScoreStore(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(store.write, {b"key": 1.5}).result()
+    assert store.read([b"key"]) == {b"key": 1.5}
 
 
 def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -237,6 +237,86 @@ def test_loss_that_a_subclass_changes_has_one_graph(tmp_path: Path) -> None:
     assert norms[1] == pytest.approx(2 * norms[0], rel=1e-4)
 
 
+class FlippedLabels(KTOTrainer):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs["label"] = ~inputs["label"]
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_labels_that_a_subclass_changes_are_those_of_the_loss(tmp_path: Path) -> None:
+    logs = []
+    for kind in (KTOTrainer, FlippedLabels):
+        run = kind(
+            model=tiny_model("llama", seed=1),
+            ref_model=tiny_model("llama", seed=2),
+            args=config(tmp_path),
+            train_dataset=text_rows(16),
+            processing_class=tiny_tokenizer(),
+        )
+        run.train()
+        logs.append(run.state.log_history[0])
+    assert logs[1]["rewards/chosen"] == pytest.approx(logs[0]["rewards/rejected"], rel=1e-6)
+    assert logs[1]["rewards/margins"] == pytest.approx(-logs[0]["rewards/margins"], rel=1e-6)
+
+
+class ReplacedTokens(KTOTrainer):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs["input_ids"] = inputs["input_ids"] + 1
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_tokens_that_a_subclass_changes_are_refused(tmp_path: Path) -> None:
+    run = ReplacedTokens(
+        model=tiny_model("llama", seed=1),
+        ref_model=tiny_model("llama", seed=2),
+        args=config(tmp_path),
+        train_dataset=text_rows(16),
+        processing_class=tiny_tokenizer(),
+    )
+    with pytest.raises(ValueError, match="input_ids of a batch were replaced after"):
+        run.train()
+
+
+def test_optimizer_that_swaps_weights_for_evaluation_swaps_back_before_scores(
+    tmp_path: Path,
+) -> None:
+    """As those of schedule-free optimizers do, in `eval()` and `train()`."""
+    logs = []
+    for strategy in ("no", "steps"):
+        run = trainer(
+            tmp_path,
+            ref_model=tiny_model("llama", seed=2),
+            eval_dataset=text_rows(8, seed=3),
+            eval_strategy=strategy,
+            eval_steps=1,
+            max_steps=3,
+        )
+        run.create_optimizer()
+        swapping = SwappingWeights(list(run.model.parameters()))
+        run.optimizer.eval, run.optimizer.train = swapping.eval, swapping.train
+        run.train()
+        logs.append([log["kl_raw"] for log in run.state.log_history if "loss" in log])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-6)
+
+
+class SwappingWeights:
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.parameters, self.is_swapped = parameters, False
+
+    def eval(self) -> None:
+        self._swap(True)
+
+    def train(self) -> None:
+        self._swap(False)
+
+    @torch.no_grad()
+    def _swap(self, swapped: bool) -> None:
+        if swapped != self.is_swapped:
+            for parameter in self.parameters:
+                parameter.mul_(2.0 if swapped else 0.5)
+        self.is_swapped = swapped
+
+
 def test_loss_that_a_subclass_changes_needs_rows_that_may_share_a_pass(tmp_path: Path) -> None:
     model = tiny_model("llama", seed=1)
     model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
@@ -625,6 +705,11 @@ def test_foreign_batch_is_refused_by_name(tmp_path: Path) -> None:
     run = trainer(tmp_path, data_collator=collate)
     with pytest.raises(ValueError, match="use fastkto.data.batch.KTOCollator"):
         run.train()
+
+
+def test_optimizer_that_steps_in_backward_is_refused_with_accumulation(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="optim='lomo' updates .*gradient_accumulation_steps=2"):
+        trainer(tmp_path, optim="lomo", gradient_accumulation_steps=2)
 
 
 def test_optimizer_that_steps_in_backward_needs_a_single_pass() -> None:

@@ -29,7 +29,8 @@ class KTOCollator:
             only when it is scored, since it is scored behind its own and behind another
         rows: the user's row numbers
         prompt_lengths, completion_lengths: tokens of each row
-        prompt_keys: `prompt_key` of each row's prompt
+        prompt_keys: `prompt_key` of each row's prompt; equal keys mean that one prompt is read for
+            all their completions
     Lists of integers stay on the CPU when the batch moves to a device, so that rows are paired and
     passes planned without waiting for the device. `label` comes first: accelerate reads the batch
     size from it.
@@ -99,6 +100,14 @@ def check_batch(batch: Any, max_length: int | None) -> None:
             f"{total}; {remedy}"
         )
     _check_lengths(batch, max_length)
+    lengths: dict[int, int] = {}
+    for key, length in zip(batch["prompt_keys"], batch["prompt_lengths"], strict=True):
+        if lengths.setdefault(key, length) != length:
+            raise ValueError(
+                f"prompt_keys has {key} for prompts of {lengths[key]} and {length} tokens, and "
+                "prompts with equal keys are read once for all their completions; use "
+                "fastkto.data.batch.prompt_key(prompt_ids)"
+            )
 
 
 def _check_lengths(batch: dict[str, Any], max_length: int | None) -> None:
