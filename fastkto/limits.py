@@ -121,12 +121,35 @@ def check_devices(trainer: Trainer) -> None:
                 "sequence parallelism are not supported: use data parallelism"
             )
     kind = trainer.accelerator.distributed_type
+    plugin = trainer.args.deepspeed_plugin
+    if plugin is not None and kind != DistributedType.DEEPSPEED:
+        raise ValueError(
+            "a DeepSpeed configuration is given, and accelerate does not use it: it takes "
+            "DeepSpeed up on GPUs only; leave out deepspeed or use_cpu"
+        )
+    if plugin is not None:
+        tensor_parallel = plugin.deepspeed_config.get("tensor_parallel", {}).get("autotp_size", 1)
+        if tensor_parallel > 1:
+            raise ValueError(
+                f"the DeepSpeed configuration has tensor_parallel.autotp_size={tensor_parallel}; "
+                "tensor parallelism is not supported: use ZeRO alone"
+            )
     if kind == DistributedType.MEGATRON_LM:
         raise ValueError("Megatron-LM is not supported; use FSDP2, DeepSpeed or data parallelism")
     if kind == DistributedType.FSDP and not trainer.accelerator.is_fsdp2:
         raise ValueError(
             "FSDP is set up in its first version, which is deprecated and not supported; use the "
             "second: fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's config file"
+        )
+
+
+def check_prepared(accelerator: Any) -> None:
+    """Refuse to train a model that DeepSpeed was given for an evaluation, without an optimizer."""
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if is_deepspeed and accelerator.deepspeed_engine_wrapped is None:
+        raise ValueError(
+            "evaluate() has prepared the model without an optimizer, and under ZeRO-3 Trainer does "
+            "not prepare it again; train first, set eval_on_start=True, or make another trainer"
         )
 
 

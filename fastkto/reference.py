@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fastkto.sharding import gathered, is_divided_by_zero
 
 logger = logging.getLogger(__name__)
 
@@ -136,13 +138,24 @@ def _initial_policy(
                 "The weights at %s are not the policy's; the reference is a copy of the policy.",
                 path,
             )
+    if any(is_divided_by_zero(weight) for weight in policy.parameters()):
+        raise ValueError(
+            "there is no ref_model, and the policy, whose weights are not those at its path "
+            f"({path or 'it has none'}), cannot be copied: ZeRO-3 has divided it; pass ref_model, "
+            "or make the model before the KTOConfig"
+        )
     return copy.deepcopy(policy), "copied"
 
 
 def _same_weights(model: nn.Module, other: nn.Module) -> bool:
-    weights, other_weights = model.state_dict(), other.state_dict()
+    weights = model.state_dict(keep_vars=True)
+    other_weights = other.state_dict(keep_vars=True)
     return weights.keys() == other_weights.keys() and all(
-        weight.dtype == other_weights[name].dtype
-        and torch.equal(weight, other_weights[name].to(weight.device))
-        for name, weight in weights.items()
+        _same(weight, other_weights[name]) for name, weight in weights.items()
     )
+
+
+@torch.no_grad()
+def _same(weight: Tensor, other: Tensor) -> bool:
+    with gathered(weight, other):
+        return weight.dtype == other.dtype and torch.equal(weight, other.to(weight.device))

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,10 +64,40 @@ def prepare_reference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def release_gathered(model: nn.Module) -> None:
-    """Drop what FSDP2 keeps gathered for a backward: after passes without gradient none follows."""
+    """Drop what is gathered for a backward that does not follow: after passes without gradient.
+
+    FSDP2 keeps its last weights. ZeRO-3 has asked for the next ones, and cannot save the model
+    before they have come.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    zero: Any = getattr(model, "optimizer", None)  # of a DeepSpeedEngine
+    if hasattr(zero, "empty_partition_cache"):
+        zero.empty_partition_cache()
+
+
+@contextmanager
+def gathered(*weights: Tensor) -> Iterator[None]:
+    """Within it, weights that ZeRO-3 has divided are whole; every rank has to call it."""
+    divided = [weight for weight in weights if is_divided_by_zero(weight)]
+    if not divided:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(divided):
+        yield
+
+
+def is_divided_by_zero(weight: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has divided `weight`: outside of forwards it looks empty."""
+    return hasattr(weight, "ds_id")
+
+
+def whole_size(weight: Any) -> int:
+    """How many numbers `weight` has, those on other ranks included."""
+    return weight.ds_numel if is_divided_by_zero(weight) else weight.numel()
 
 
 def _prepare_for_deepspeed(model: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -78,11 +108,11 @@ def _prepare_for_deepspeed(model: nn.Module, accelerator: Accelerator) -> nn.Mod
     config: dict[str, Any] = copy.deepcopy(plugin.deepspeed_config)
     for trained in ("optimizer", "scheduler"):
         config.pop(trained, None)
-    if plugin.zero_stage < 3:
-        config["zero_optimization"] = {"stage": 0}
-    config["zero_optimization"].pop("offload_optimizer", None)
+    zero = config["zero_optimization"] if plugin.zero_stage == 3 else {"stage": 0}
+    zero.pop("offload_optimizer", None)
+    config["zero_optimization"] = zero
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    return engine.eval()
+    return engine
 
 
 @contextmanager

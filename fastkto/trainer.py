@@ -34,6 +34,7 @@ from fastkto.limits import (
     check_batch_size,
     check_devices,
     check_optimizer,
+    check_prepared,
     check_trainable,
     set_distributed_defaults,
 )
@@ -67,6 +68,7 @@ from fastkto.sharding import (
     before_the_last_pass,
     keep_outputs_in_fp32,
     prepare_reference,
+    release_gathered,
     shard_untrained,
 )
 from fastkto.step import BatchLoss, StepSettings
@@ -370,6 +372,7 @@ class KTOTrainer(Trainer):
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
+        release_gathered(self.model_wrapped)
         values, loss = self._eval_metrics.collect(self.ranks.sum)
         if loss is not None:
             values |= {"loss": loss, "num_tokens": float(self._token_count.num_tokens)}
@@ -459,6 +462,7 @@ class _StartOfTraining(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        check_prepared(self.trainer.accelerator)
         self.trainer._train_metrics.clear()
         self.trainer._step_check.clear()
         self.trainer._budget_is_found = False

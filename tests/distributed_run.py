@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 import fastkto.trainer
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.data.batch import split_rows
+from fastkto.sharding import gathered
 from fastkto.step import BatchLoss
 from fastkto.window import PairedBatch, Window, pair_window
 from fastkto.window_scores import score_window
@@ -135,13 +136,12 @@ def score_and_count(*args: Any, **options: Any) -> list[BatchLoss]:
     return losses
 
 
-def run(case: str, directory: Path, *, fsdp: bool = False) -> None:
+def run(case: str, directory: Path, **wrapping: Any) -> None:
+    """`wrapping`: fields of the config that say what divides the models."""
     passes.clear()
     reductions.clear()
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    config = {"gradient_checkpointing": False, **FSDP_CASES[case]}
-    if fsdp:
-        config |= {"fsdp": True}
+    config = {"gradient_checkpointing": False, **FSDP_CASES[case], **wrapping}
     if case == "precomputed":
         config["reference_cache"] = str(directory / "cache")
     batch = RANK_BATCH
@@ -155,6 +155,10 @@ def run(case: str, directory: Path, *, fsdp: bool = False) -> None:
         peft_config = LoraConfig(
             r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
         )
+    # before the config: ZeRO-3 divides models that are made after it as they are made
+    tied = case in ("tied", "deferred")
+    model = tiny_model(family, seed=2, tied=tied)
+    ref_model = None if peft_config else tiny_model(family, seed=1)
     args = KTOConfig(
         output_dir=str(directory),
         per_device_train_batch_size=batch,
@@ -172,10 +176,9 @@ def run(case: str, directory: Path, *, fsdp: bool = False) -> None:
         **config,
     )
     counter = CountReductions()
-    tied = case in ("tied", "deferred")
     trainer = KTOTrainer(
-        model=tiny_model(family, seed=2, tied=tied),
-        ref_model=None if peft_config else tiny_model(family, seed=1),
+        model=model,
+        ref_model=ref_model,
         args=args,
         train_dataset=rows(48),
         eval_dataset=rows(13),
@@ -212,7 +215,9 @@ def trained_groups(model: torch.nn.Module) -> int:
 
 
 def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
-    value = parameter.detach()
+    """All of a parameter; a collective call where models are divided."""
+    with gathered(parameter):
+        value = parameter.detach().clone()
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
@@ -225,5 +230,5 @@ if __name__ == "__main__":
         allow_fsdp_on_cpu()
         count_fsdp_reductions()
     for case in FSDP_CASES if fsdp else CASES:
-        run(case, Path(sys.argv[1]) / case, fsdp=fsdp)
+        run(case, Path(sys.argv[1]) / case, **({"fsdp": True} if fsdp else {}))
     PartialState().destroy_process_group()

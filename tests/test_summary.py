@@ -1,6 +1,7 @@
 """What is said before training: from the trainer's own data, order, passes and weights."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,3 +148,16 @@ def test_gradients_that_passes_round_are_warned_about(tmp_path: Path) -> None:
     )
     assert precision_warnings(model, args, most_passes=1) == []
     assert precision_warnings(model.float(), args, most_passes=3) == []
+
+
+def test_deepspeed_has_precision_of_its_own(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    args = KTOConfig(str(tmp_path), bf16=True, use_cpu=True)
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={})
+    assert precision(model, args).startswith("bfloat16 weights and arithmetic, float32 copies")
+    [warning] = precision_warnings(model, args, most_passes=3)
+    assert "set data_types.grad_accum_dtype to fp32" in warning
+    assert precision_warnings(model, args, most_passes=1) == []
+    in_fp32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config=in_fp32)
+    assert precision_warnings(model, args, most_passes=3) == []

@@ -726,9 +726,10 @@ def fake_devices(**fields: Any) -> Any:
         is_fsdp2=False,
         parallelism_config=SimpleNamespace(**fields) if "n_gpu" not in fields else None,
     )
-    return SimpleNamespace(
-        args=SimpleNamespace(n_gpu=fields.get("n_gpu", 1)), accelerator=accelerator
-    )
+    config = fields.pop("deepspeed_config", None)
+    plugin = config if config is None else SimpleNamespace(deepspeed_config=config)
+    args = SimpleNamespace(n_gpu=fields.get("n_gpu", 1), deepspeed_plugin=plugin)
+    return SimpleNamespace(args=args, accelerator=accelerator)
 
 
 @pytest.mark.parametrize(
@@ -740,6 +741,17 @@ def fake_devices(**fields: Any) -> Any:
         ({"sp_size": 2}, "sp_size=2"),
         ({"distributed_type": DistributedType.FSDP}, "FSDP is set up in its first version"),
         ({"distributed_type": DistributedType.MEGATRON_LM}, "Megatron-LM is not supported"),
+        (
+            {"deepspeed_config": {}},
+            "accelerate does not use it: it takes DeepSpeed up on",
+        ),
+        (
+            {
+                "distributed_type": DistributedType.DEEPSPEED,
+                "deepspeed_config": {"tensor_parallel": {"autotp_size": 2}},
+            },
+            "tensor_parallel.autotp_size=2",
+        ),
     ],
 )
 def test_devices_are_refused(devices: dict[str, Any], message: str) -> None:

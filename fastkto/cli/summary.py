@@ -18,6 +18,7 @@ from fastkto.backend import choose_backend
 from fastkto.config import KTOConfig
 from fastkto.packing import expected_layout
 from fastkto.passes import plan_lengths
+from fastkto.sharding import whole_size
 from fastkto.trainer import KTOTrainer
 
 # Device batches that are looked at; more would delay the start of a long run.
@@ -101,7 +102,7 @@ def describe_model(model: PreTrainedModel | PeftModel) -> str:
     if isinstance(model, PeftModel):
         trainable, total = model.get_nb_trainable_parameters()
     else:
-        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        sizes = [(whole_size(p), p.requires_grad) for p in model.parameters()]
         total, trainable = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
     name = model.config._name_or_path or type(model).__name__
     share = "all trainable" if trainable == total else f"{trainable:,} trainable"
@@ -151,9 +152,12 @@ def _passes(batches: BatchFacts, args: KTOConfig) -> str:
 
 def precision(model: nn.Module, args: KTOConfig) -> str:
     """Types of the weights and of the arithmetic, and why."""
+    if args.deepspeed_plugin is not None and (args.bf16 or args.fp16):
+        low = "bfloat16" if args.bf16 else "float16"
+        return f"{low} weights and arithmetic, float32 copies in DeepSpeed's optimizer"
     numbers = Counter[torch.dtype]()
     for parameter in model.parameters():
-        numbers[parameter.dtype] += parameter.numel()
+        numbers[parameter.dtype] += whole_size(parameter)
     weights = " and ".join(_name(dtype) for dtype, _ in numbers.most_common())
     has_bf16 = is_torch_bf16_gpu_available() and not args.use_cpu
     if args.bf16:
@@ -169,6 +173,8 @@ def precision_warnings(model: nn.Module, args: KTOConfig, most_passes: int) -> l
     """What the types of weights cost that could be had for less, or lose."""
     warnings = []
     autocast = "bfloat16" if args.bf16 else "float16"
+    if args.deepspeed_plugin is not None:
+        return _deepspeed_precision_warnings(args, autocast, most_passes)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     frozen = [p for p in matrices if not p.requires_grad and p.dtype == torch.float32]
     if frozen and (args.bf16 or args.fp16):
@@ -185,6 +191,18 @@ def precision_warnings(model: nn.Module, args: KTOConfig, most_passes: int) -> l
             f"{most_passes} passes of a batch; use dtype=float32, or raise max_tokens_per_pass"
         )
     return warnings
+
+
+def _deepspeed_precision_warnings(args: KTOConfig, low: str, most_passes: int) -> list[str]:
+    data_types = args.deepspeed_plugin.deepspeed_config.get("data_types", {})
+    in_fp32 = data_types.get("grad_accum_dtype") in ("fp32", "float32")
+    if in_fp32 or not (args.bf16 or args.fp16) or most_passes == 1:
+        return []
+    return [
+        f"DeepSpeed adds gradients up in {low}, so they are rounded at every one of up to "
+        f"{most_passes} passes of a batch; set data_types.grad_accum_dtype to fp32 in its "
+        "configuration, or raise max_tokens_per_pass"
+    ]
 
 
 def _class_warnings(batches: BatchFacts, args: KTOConfig) -> list[str]:
