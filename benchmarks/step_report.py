@@ -1,6 +1,6 @@
-"""Markdown tables and figures of a run of `benchmarks/test_step.py`.
+"""Markdown tables and figures of runs of `benchmarks/test_step.py`.
 
-    python -m benchmarks.step_report RESULTS.json --output docs
+    python -m benchmarks.step_report RESULTS.json [MORE.json ...] --output docs
 
 writes `docs/step_results.md`, `docs/step_mixes.svg` and `docs/step_batches.svg`.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -71,18 +72,27 @@ def read_cases(run: dict[str, Any]) -> list[Measured]:
     ]
 
 
-def write_report(source: Path, output: Path) -> None:
-    """Write the page and its figures into `output`."""
-    run = json.loads(source.read_text())
-    cases = read_cases(run)
-    if not cases:
-        raise ValueError(f"{source} holds no case of benchmarks/test_step.py; pass its JSON file")
+def write_report(sources: Sequence[Path], output: Path) -> None:
+    """Write the page and its figures into `output`; the runs have to be of one machine."""
+    runs = {source: json.loads(source.read_text()) for source in sources}
+    cases = []
+    for source, run in runs.items():
+        found = read_cases(run)
+        if not found:
+            raise ValueError(
+                f"{source} holds no case of benchmarks/test_step.py; pass its JSON file"
+            )
+        cases += found
+    for key in ("device_name", "threads", "versions"):
+        values = [run["machine_info"][key] for run in runs.values()]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"the results differ in {key}: {values}; report them apart")
     output.mkdir(parents=True, exist_ok=True)
     _draw_mixes(cases, output / "step_mixes.svg")
     _draw_batches(cases, output / "step_batches.svg")
     page = [
         "# Measured: one optimizer step",
-        _conditions(run, source, max(case.rounds for case in cases)),
+        _conditions(runs, [case.rounds for case in cases]),
         "![Time and memory of each mix](step_mixes.svg)",
         *_sections(cases),
         "## Device batches",
@@ -93,8 +103,13 @@ def write_report(source: Path, output: Path) -> None:
     (output / "step_results.md").write_text("\n\n".join(page) + "\n")
 
 
-def _conditions(run: dict[str, Any], source: Path, rounds: int) -> str:
-    machine = run["machine_info"]
+def _conditions(runs: dict[Path, dict[str, Any]], rounds: list[int]) -> str:
+    machine = next(iter(runs.values()))["machine_info"]
+    commands = ", ".join(
+        f"`{run['machine_info']['command']}` (raw values in `{source.name}`)"
+        for source, run in runs.items()
+    )
+    number = f"{min(rounds)}" if min(rounds) == max(rounds) else f"{min(rounds)} to {max(rounds)}"
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     on_cpu = machine["device"] == "cpu"
     head = (
@@ -105,11 +120,11 @@ def _conditions(run: dict[str, Any], source: Path, rounds: int) -> str:
     )
     return (
         f"{machine['device_name']}, {machine['threads']} threads; {versions}. "
-        f"`{machine['command']}`, raw values in `{source.name}`.\n\n"
+        f"{commands}.\n\n"
         "Both libraries run their own `train()` on the same rows in the same order, in a process "
         "each; their first losses are compared before anything is timed. A step reaches from one "
         "log to the next: data loader, passes, clipping, optimizer, metrics. Times are medians of "
-        f"{rounds} steps{', taken in turns' if on_cpu else ''}. Memory is the highest peak above "
+        f"{number} steps{', taken in turns' if on_cpu else ''}. Memory is the highest peak above "
         "models and optimizer state, stored gradients included"
         + (" (resident memory, with what the allocator keeps). " if on_cpu else ". ")
         + head
@@ -234,7 +249,9 @@ def _finish(figure: Any, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tables and figures of the step benchmark.")
-    parser.add_argument("results", type=Path, help="the JSON file that pytest-benchmark wrote")
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="JSON files that pytest-benchmark wrote"
+    )
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder, default: docs")
     arguments = parser.parse_args()
     write_report(arguments.results, arguments.output)

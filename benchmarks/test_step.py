@@ -158,7 +158,7 @@ def test_report_shows_a_measured_case_and_a_refusal(benchmark: Any, tmp_path: Pa
     results = tmp_path / "results.json"
     results.write_text(json.dumps(run))
 
-    write_report(results, tmp_path)
+    write_report([results], tmp_path)
 
     page = (tmp_path / "step_results.md").read_text()
     assert f"| chat | 8 | {info['steps']['trl'][0]['seconds']:.1f} |" in page
