@@ -73,6 +73,7 @@ def sentence(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--optim", "adamw_torch_fuse"], "--optim: there is no 'adamw_torch_fuse'; did you mean"),
         (["--config", "nowhere.yaml"], "--config: there is no file nowhere.yaml"),
         (["--config"], "--config: expected one argument"),
+        (["--fsdp", "--fsdp_config=nowhere.json"], "No such file or directory: 'nowhere.json'"),
         (["--load_best_model_at_end"], "requires the save and eval strategy to match"),
         (["--model=m/m", "--data=d", "--report_to=comet_ml"], "report_to: "),
         (["--model=m/m", "--data=d", "--report_to=nothing"], "report_to: nothing is not supported"),
