@@ -83,7 +83,9 @@ class BatchLoss:
 
     def take_labels(self, batch: dict[str, Any]) -> None:
         """Labels as they are now: a subclass may have changed them since the rows were scored."""
-        if batch["input_ids"].data_ptr() != self.input_ids.data_ptr():
+        tokens = batch["input_ids"]  # Trainer may have copied them; comparing waits for the device
+        is_same = tokens.data_ptr() == self.input_ids.data_ptr()
+        if not is_same and not torch.equal(tokens, self.input_ids):
             raise ValueError(
                 "input_ids of a batch were replaced after its sequences had been scored; change "
                 "rows in data_collator"
