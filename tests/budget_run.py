@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
 
-from tests.fsdp_on_cpu import allow_fsdp_on_cpu
+from tests.fsdp_on_cpu import FSDP2, allow_fsdp_on_cpu
 from tests.test_pass_budget import LONGEST, MIB, found, trainer_of
 
 
@@ -39,7 +39,7 @@ class SavedMemory:
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
 is_sharded = sys.argv[1] == "fsdp"
-sharding = {"fsdp": True, "fsdp_config": {"version": 2}} if is_sharded else {}
+sharding = FSDP2 if is_sharded else {}
 if is_sharded:
     allow_fsdp_on_cpu()
 with tempfile.TemporaryDirectory() as folder:

@@ -33,7 +33,7 @@ from fastkto.sharding import gathered
 from fastkto.step import BatchLoss
 from fastkto.window import PairedBatch, Window, pair_window
 from fastkto.window_scores import score_window
-from tests.fsdp_on_cpu import allow_fsdp_on_cpu
+from tests.fsdp_on_cpu import FSDP2, allow_fsdp_on_cpu
 from tests.models import tiny_model, tiny_tokenizer
 
 RANK_BATCH = 4
@@ -230,5 +230,5 @@ if __name__ == "__main__":
         allow_fsdp_on_cpu()
         count_fsdp_reductions()
     for case in FSDP_CASES if fsdp else CASES:
-        run(case, Path(sys.argv[1]) / case, **({"fsdp": True} if fsdp else {}))
+        run(case, Path(sys.argv[1]) / case, **(FSDP2 if fsdp else {}))
     PartialState().destroy_process_group()

@@ -10,9 +10,12 @@ from typing import Any
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
+# Of a KTOConfig. Before version 5.20 transformers takes FSDP's first version unless told otherwise.
+FSDP2: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
+
 
 def allow_fsdp_on_cpu() -> None:
-    """From now on `KTOConfig(fsdp=True)` means FSDP2 in several CPU processes too."""
+    """From now on a KTOConfig with `FSDP2` means that in several CPU processes too."""
     initialise = AcceleratorState.__init__
 
     def take_up_plugin(

@@ -24,16 +24,16 @@ from fastkto.head_check import evaluating
 from fastkto.passes import Layout, build_pass, run_pass
 from fastkto.sharding import release_gathered
 from tests.distributed_run import rows, whole
-from tests.fsdp_on_cpu import allow_fsdp_on_cpu
+from tests.fsdp_on_cpu import FSDP2, allow_fsdp_on_cpu
 from tests.models import tiny_model, tiny_tokenizer
 
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
-    "sharded checkpoint": {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
+    "sharded checkpoint": {"fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}},
     "bf16": {"bf16": True},
     "lora": {},
     "frozen adapter": {},
-    "read by rank 0": {"fsdp_config": {"cpu_ram_efficient_loading": True}},
+    "read by rank 0": {"fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},
 }
 OWN_REFERENCE = ("full", "sharded checkpoint", "bf16")
 STEPS, MIDDLE = 4, 2
@@ -69,8 +69,7 @@ def build(case: str, directory: Path, **config: Any) -> KTOTrainer:
             disable_tqdm=True,
             use_cpu=True,
             gradient_checkpointing=False,
-            fsdp=True,
-            **({"bf16": False} | CASES[case] | config),
+            **(FSDP2 | {"bf16": False} | CASES[case] | config),
         ),
         train_dataset=rows(48),
         eval_dataset=rows(13),

@@ -15,7 +15,8 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 
 from fastkto import KTOConfig, KTOTrainer
-from tests.distributed_run import RANK_BATCH, allow_fsdp_on_cpu
+from tests.distributed_run import RANK_BATCH
+from tests.fsdp_on_cpu import FSDP2, allow_fsdp_on_cpu
 from tests.models import tiny_model, tiny_tokenizer
 from tests.trl_runs import text_rows
 
@@ -39,7 +40,7 @@ def evaluate(cache: Path, *sets: Dataset) -> list[dict[str, float]]:
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
-            fsdp=True,
+            **FSDP2,
         ),
         processing_class=tiny_tokenizer(),
     )

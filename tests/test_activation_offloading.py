@@ -164,6 +164,7 @@ def test_weights_that_fsdp2_gathers_are_not_moved(packed: list[Tensor], one_proc
     assert not weights & {tuple(tensor.shape) for tensor in packed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_memory_of_a_pass_is_what_is_estimated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool

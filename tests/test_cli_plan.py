@@ -68,6 +68,7 @@ def test_a_yaml_file_and_flags_are_those_of_train(
     assert "8,192 tokens, gradient checkpointing" in output  # of four sequences
 
 
+@pytest.mark.slow
 def test_the_largest_context_fits_and_a_longer_one_does_not(
     capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
@@ -80,6 +81,7 @@ def test_the_largest_context_fits_and_a_longer_one_does_not(
     assert "It does not fit: 0.0" in output and f"that fits has {context:,} tokens" in output
 
 
+@pytest.mark.slow
 def test_what_would_make_it_fit_is_said(capsys: pytest.CaptureFixture[str], model: str) -> None:
     flags = ["--model", model, "--max_length=16384", "--no_gradient_checkpointing"]
     output = planned(capsys, *flags, "--memory=5GiB")
@@ -92,6 +94,7 @@ def test_what_would_make_it_fit_is_said(capsys: pytest.CaptureFixture[str], mode
     assert all(number < total for number in rows(settings).values())
 
 
+@pytest.mark.slow
 def test_several_processes_copy_gradients_unless_they_shard(
     capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
@@ -166,6 +169,7 @@ def test_what_cannot_be_planned_is_refused(
     assert "max_length is empty; give the longest" in sentence(capsys, *flags, f"--config={path}")
 
 
+@pytest.mark.slow
 def test_a_device_too_small_for_any_setting_is_one_sentence(
     capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
@@ -214,6 +218,7 @@ def test_auto_plans_the_largest_pass_that_fits(
     assert "32,768 tokens, the largest that fits, gradient checkpointing" in output
 
 
+@pytest.mark.slow
 def test_what_fits_without_checkpointing_is_said(
     capsys: pytest.CaptureFixture[str], model: str
 ) -> None:

@@ -154,16 +154,19 @@ def test_shuffling_permutes_the_labels_and_nothing_else() -> None:
     assert 30 < sum(a["label"] == b["label"] for a, b in zip(rows, shuffled, strict=True)) < 70
 
 
+@pytest.mark.slow
 def test_kto_on_the_checkers_labels_gains_15_points(runs: list[Runs]) -> None:
     gains = [run.result.after - run.result.before for run in runs]
     assert mean(gains) >= 0.15, gains
 
 
+@pytest.mark.slow
 def test_kto_on_shuffled_labels_changes_3_points_at_most(runs: list[Runs]) -> None:
     changes = [run.control.after - run.control.before for run in runs]
     assert mean(abs(change) for change in changes) <= 0.03, changes
 
 
+@pytest.mark.slow
 def test_the_taught_model_is_imperfect_and_not_changed_by_kto(runs: list[Runs]) -> None:
     run = runs[0]
     assert 0.3 < run.result.before < 0.7
@@ -172,6 +175,7 @@ def test_the_taught_model_is_imperfect_and_not_changed_by_kto(runs: list[Runs]) 
     assert answers == run.taught.held_out_answers
 
 
+@pytest.mark.slow
 def test_rows_are_balanced_and_carry_the_checkers_labels(runs: list[Runs]) -> None:
     for run in runs:
         rows = read_rows(run.result)
@@ -184,6 +188,7 @@ def test_rows_are_balanced_and_carry_the_checkers_labels(runs: list[Runs]) -> No
         assert 0 < sum(row["label"] for row in rows[-demo.KTO_BATCH :]) < demo.KTO_BATCH
 
 
+@pytest.mark.slow
 def test_saved_model_scores_what_was_reported(runs: list[Runs]) -> None:
     result = runs[0].result
     model = AutoModelForCausalLM.from_pretrained(result.paths["after"], dtype=torch.float32)
@@ -195,6 +200,7 @@ def test_saved_model_scores_what_was_reported(runs: list[Runs]) -> None:
     assert (metrics["before"], metrics["after"]) == (result.before, result.after)
 
 
+@pytest.mark.slow
 def test_user_sees_rates_examples_and_files(runs: list[Runs]) -> None:
     result, text = runs[0].result, "\n".join(runs[0].said)
     for rate in (result.before, result.after):

@@ -19,6 +19,7 @@ from tests.memory_truth import LENGTH, measured_peak, trainer_of
 from tests.models import FAMILIES, tiny_model
 
 WITHIN = 0.15
+QUICK_RUNS = ("everything", "checkpointed", "LoRA, checkpointed")
 RUNS: dict[str, dict[str, Any]] = {
     "everything": {},
     "checkpointed": {"gradient_checkpointing": True},
@@ -43,7 +44,10 @@ def estimator_of(trainer: Any) -> MemoryEstimator:
     )
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK_RUNS)) for name in RUNS],
+)
 def test_a_run_needs_what_is_estimated(tmp_path: Path, name: str) -> None:
     trainer = trainer_of(tmp_path, **RUNS[name])
     memory = estimator_of(trainer).run(LENGTH, LENGTH)
