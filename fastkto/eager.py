@@ -18,6 +18,8 @@ def linear_logprob(
     target: Tensor,  # [N] int64
     *,
     bias: Tensor | None = None,  # [V]
+    extra_hidden: Tensor | None = None,  # [N, E]
+    extra_weight: Tensor | None = None,  # [V, E]
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -26,6 +28,8 @@ def linear_logprob(
 ) -> TokenScores:
     """Log-probability of each target, [N] in the dtype of hidden; see `logprob.linear_logprob`."""
     logits_NV = hidden @ weight.T
+    if extra_hidden is not None and extra_weight is not None:
+        logits_NV = logits_NV + extra_hidden @ extra_weight.T
     if bias is not None:
         logits_NV = logits_NV + bias
     logits_NV = logits_NV * logit_scale

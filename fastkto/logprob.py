@@ -4,21 +4,18 @@ Dimensions: N tokens, D hidden size, V vocabulary. The logits [N, V] exist as fp
 `fastkto_kernels.tiles` for the arithmetic.
 """
 
-from importlib import import_module
-from types import ModuleType
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import logsigmoid
 
-from fastkto.backend import choose_backend
-from fastkto_kernels.loops import logits_gradients, scan_logits
-from fastkto_kernels.tiles import LogitTransform, Operands, RowState
+from fastkto import logprob_operator
 
 COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BYTES_PER_MIB = 2**20
+# With 16-bit operands on CUDA a tile of 2048 tokens and 8192 vocabulary entries.
+DEFAULT_HEAD_MEMORY_MIB = 96
 
 
 class TokenScores(NamedTuple):
@@ -35,13 +32,15 @@ def linear_logprob(
     target: Tensor,  # [N] int64
     *,
     bias: Tensor | None = None,  # [V]
+    extra_hidden: Tensor | None = None,  # [N, E]
+    extra_weight: Tensor | None = None,  # [V, E]
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
     stats: bool = False,
     backend: str = "auto",
-    head_memory_mib: float = 256,
+    head_memory_mib: float = DEFAULT_HEAD_MEMORY_MIB,
 ) -> TokenScores:
     """Log-probability of each target, [N] fp32, without ever holding the logits [N, V].
 
@@ -50,12 +49,20 @@ def linear_logprob(
 
     Without a softcap there is no tanh. `stats` also returns entropy and mean logit.
 
-    hidden and weight (fp32, fp16 or bf16) are multiplied in their dtype, under autocast in
-    autocast's; products, logits and every gradient are accumulated in fp32 and gradients rounded
-    once, to the dtype of what they belong to. fp32 means IEEE products, never TF32.
+    extra_hidden @ extra_weight.T is added to hidden @ weight.T: with scaling * (hidden @ A.T) and B
+    it is an unmerged LoRA adapter of the head. All inputs but the target may need gradients.
 
-    head_memory_mib bounds the tiles, whatever N is. A conversion of some rows of the weight, where
-    dtypes differ, and the fp32 totals of the gradients come on top.
+    What is multiplied is rounded to one dtype: autocast's where it is on, else the common one of
+    all inputs (fp32 where they differ, as PyTorch promotes them). Products, logits and every
+    gradient are accumulated in fp32, and gradients rounded to the dtype of what they belong to.
+    fp32 means IEEE products, never TF32.
+
+    If only `hidden` needs a gradient, the forward pass computes its direction, [N, D] in the
+    compute dtype, which is kept in place of `hidden`: two matmuls in all, and none in backward.
+    For any other gradient the logits are computed again in backward, once for all of them.
+
+    head_memory_mib bounds the tiles, whatever N is; `fastkto_kernels.memory` has the formula for
+    all that a call needs.
 
     backend: "triton" (CUDA, ROCm; the CPU with TRITON_INTERPRET=1), "torch" (any device), or
     "auto": triton from compute capability 8.0, else torch; the choice is logged once.
@@ -64,151 +71,82 @@ def linear_logprob(
     it would stop the stream in every call: the check is `torch._assert_async` there, which fails
     at the next synchronisation.
     """
-    _check_tensors(hidden, weight, target, bias)
+    optional = {"bias": bias, "extra_hidden": extra_hidden, "extra_weight": extra_weight}
+    inputs = {"hidden": hidden, "weight": weight}
+    inputs |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    _check_shapes(inputs, target)
+    _check_dtypes(inputs, target)
     _check_numbers(logit_scale, softcap, temperature, head_memory_mib)
-    is_scored = target != ignore_index
-    _check_target(target, is_scored, weight.shape[0])
-    logprob, entropy, mean_logit = _LinearLogprob.apply(
+    needs = {name for name, tensor in inputs.items() if tensor.requires_grad}
+    logprob, entropy, mean_logit, *_ = logprob_operator.linear_logprob(
         hidden,
         weight,
         bias,
-        torch.where(is_scored, target, -1),
-        _Options(
-            transform=LogitTransform(float(logit_scale), softcap, float(temperature)),
-            compute_dtype=_compute_dtype(hidden, weight, bias),
-            stats=stats,
-            backend=choose_backend(backend, hidden.device).name,
-            memory_bytes=int(head_memory_mib * BYTES_PER_MIB),
-        ),
+        extra_hidden,
+        extra_weight,
+        target,
+        ignore_index,
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        float(temperature),
+        _compute_dtype(inputs),
+        stats,
+        torch.is_grad_enabled() and needs == {"hidden"},
+        backend,
+        int(head_memory_mib * BYTES_PER_MIB),
     )
-    return TokenScores(logprob, entropy, mean_logit)
+    return TokenScores(logprob, entropy if stats else None, mean_logit if stats else None)
 
 
-class _Options(NamedTuple):
-    """What the operation needs besides tensors."""
-
-    transform: LogitTransform
-    compute_dtype: torch.dtype
-    stats: bool
-    backend: str  # "triton" or "torch"
-    memory_bytes: int
-
-    @property
-    def steps(self) -> ModuleType:
-        """The module with the backend's tile steps; Triton is imported only when it is used."""
-        name = "linear_logprob" if self.backend == "triton" else "linear_logprob_torch"
-        return import_module(f"fastkto_kernels.{name}")
+def _compute_dtype(inputs: dict[str, Tensor]) -> torch.dtype:
+    """Autocast's dtype when it is on, else what the dtypes of all inputs promote to."""
+    device_type = inputs["hidden"].device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in inputs.values()))
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,  # -1 where ignored
-        options: _Options,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        operands = Operands(hidden, weight, bias, target, options.compute_dtype, options.transform)
-        # The operands are in the compute dtype already, and autocast would round fp32 operands.
-        with torch.autocast(hidden.device.type, enabled=False):
-            state = scan_logits(
-                operands,
-                options.steps.fold_tile,
-                stats=options.stats,
-                bytes_per_logit=options.steps.BYTES_PER_LOGIT,
-                memory_bytes=options.memory_bytes,
-            )
-            log_odds = (state.other_max - state.target_logit) + state.other_sum.log()
-            logprob = torch.where(target < 0, 0.0, logsigmoid(-log_odds))
-            entropy = mean_logit = None
-            if state.weighted_sum is not None and state.logit_sum is not None:
-                entropy = _entropy(log_odds, state.other_sum, state.weighted_sum)
-                entropy = torch.where(target < 0, 0.0, entropy)
-                mean_logit = torch.where(target < 0, 0.0, state.logit_sum / weight.shape[0])
-                ctx.mark_non_differentiable(entropy, mean_logit)
-        ctx.save_for_backward(
-            hidden, weight, bias, target, log_odds, state.other_max, state.other_sum
+def _check_shapes(inputs: dict[str, Tensor], target: Tensor) -> None:
+    hidden, weight = inputs["hidden"], inputs["weight"]
+    for name, tensor in inputs.items():
+        num_dimensions = 1 if name == "bias" else 2
+        if tensor.ndim != num_dimensions:
+            words = "one dimension" if num_dimensions == 1 else "two dimensions"
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {words}")
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"hidden has D={hidden.shape[1]}, weight has D={weight.shape[1]}; pass lm_head.weight "
+            "of shape (V, D)"
         )
-        ctx.options = options
-        return logprob, entropy, mean_logit
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprob: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, log_odds, other_max, other_sum = ctx.saved_tensors
-        options: _Options = ctx.options
-        transform = options.transform
-        with torch.autocast(hidden.device.type, enabled=False):
-            slope = log_odds.sigmoid() * (transform.scale / transform.temperature)
-            gradients = logits_gradients(
-                Operands(hidden, weight, bias, target, options.compute_dtype, transform),
-                options.steps.gradient_tile,
-                RowState(other_max, other_sum, log_odds, None, None),
-                torch.where(target < 0, 0.0, grad_logprob * slope),
-                needs=ctx.needs_input_grad[:3],
-                bytes_per_logit=options.steps.BYTES_PER_LOGIT,
-                memory_bytes=options.memory_bytes,
+    if weight.shape[0] == 0:
+        raise ValueError("weight has V=0; expected at least one vocabulary entry")
+    if ("extra_hidden" in inputs) != ("extra_weight" in inputs):
+        raise ValueError("extra_hidden and extra_weight belong together; got one of them")
+    expected: dict[str, tuple[int, ...]] = {
+        "target": (hidden.shape[0],),
+        "bias": (weight.shape[0],),
+    }
+    if "extra_hidden" in inputs:
+        rank = inputs["extra_hidden"].shape[1]
+        expected["extra_hidden"] = (hidden.shape[0], rank)
+        expected["extra_weight"] = (weight.shape[0], rank)
+    for name, tensor in (inputs | {"target": target}).items():
+        if name in expected and tensor.shape != expected[name]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected[name]}")
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"hidden is on {hidden.device}, {name} on {tensor.device}; move them to one device"
             )
-        return (*gradients, None, None)
 
 
-def _entropy(log_odds: Tensor, other_sum: Tensor, weighted_sum: Tensor) -> Tensor:
-    """Entropy in nats, [N]: of target against others, plus the others' own, without cancellation.
-
-    H = -p log p - q log q + q * H_others, with q = 1 - p.
-    """
-    p, q = (-log_odds).sigmoid(), log_odds.sigmoid()
-    # A vocabulary of one has no others: their sum is 0, and so is their share q.
-    other_sum = other_sum.clamp_min(1.0)
-    others_entropy = other_sum.log() - weighted_sum / other_sum
-    return -p * logsigmoid(-log_odds) + torch.special.entr(q) + q * others_entropy
-
-
-def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """Autocast's dtype when it is on, else the one dtype of all inputs."""
-    inputs = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+def _check_dtypes(inputs: dict[str, Tensor], target: Tensor) -> None:
     for name, tensor in inputs.items():
         if tensor.dtype not in COMPUTE_DTYPES:
             raise TypeError(
                 f"{name} has dtype {tensor.dtype}; expected float32, float16 or bfloat16"
             )
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    for name, tensor in inputs.items():
-        if tensor.dtype != hidden.dtype:
-            raise TypeError(
-                f"hidden has dtype {hidden.dtype}, {name} has {tensor.dtype}; convert one of them "
-                "or run under torch.autocast"
-            )
-    return hidden.dtype
-
-
-def _check_tensors(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if tensor.ndim != 2:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected two dimensions")
-    num_rows, hidden_size = hidden.shape
-    if weight.shape[1] != hidden_size:
-        raise ValueError(
-            f"hidden has D={hidden_size}, weight has D={weight.shape[1]}; pass lm_head.weight of "
-            "shape (V, D)"
-        )
-    if weight.shape[0] == 0:
-        raise ValueError("weight has V=0; expected at least one vocabulary entry")
-    if target.shape != (num_rows,):
-        raise ValueError(f"target has shape {tuple(target.shape)}; expected ({num_rows},)")
     if target.dtype != torch.int64:
         raise TypeError(f"target has dtype {target.dtype}; expected int64")
-    if bias is not None and bias.shape != (weight.shape[0],):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)")
-    for name, other in (("weight", weight), ("target", target), ("bias", bias)):
-        if other is not None and other.device != hidden.device:
-            raise ValueError(
-                f"hidden is on {hidden.device}, {name} on {other.device}; move them to one device"
-            )
 
 
 def _check_numbers(
@@ -222,15 +160,3 @@ def _check_numbers(
         raise ValueError(f"temperature is {temperature}; expected a positive number")
     if not 0 < head_memory_mib < float("inf"):
         raise ValueError(f"head_memory_mib is {head_memory_mib}; expected a positive number")
-
-
-def _check_target(target: Tensor, is_scored: Tensor, vocab_size: int) -> None:
-    is_bad = is_scored & ((target < 0) | (target >= vocab_size))
-    if target.device.type == "cuda":
-        torch._assert_async(~is_bad.any(), f"target outside [0, {vocab_size}) and not ignore_index")
-    elif is_bad.any():
-        row = int(is_bad.nonzero()[0, 0])
-        raise ValueError(
-            f"target[{row}] is {int(target[row])}; expected a value in [0, {vocab_size}) or "
-            "ignore_index"
-        )

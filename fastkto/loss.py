@@ -3,15 +3,12 @@
 Dimensions: B sequences, N tokens of all of them, one sequence after the other.
 """
 
-from importlib import import_module
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastkto.backend import choose_backend
+from fastkto import loss_operator
 
 LOSS_TYPES = ("kto", "apo_zero_unpaired")
 
@@ -62,15 +59,18 @@ def kto_loss(
     _check_numbers(beta, desirable_weight, undesirable_weight, sft_weight, num_rows)
     kl = _check_kl(kl, loss_type, logprob.device)
     num_sequences = is_desirable.shape[0]
-    loss, row_loss, row_logprob, log_ratio = _KTOLoss.apply(
+    loss, row_loss, row_logprob, log_ratio, _ = loss_operator.kto_loss(
         logprob,
         offsets,
         reference_logprob.detach().double(),
         is_desirable,
         kl,
-        (float(beta), float(desirable_weight), float(undesirable_weight), float(sft_weight)),
-        max(num_sequences, 1) if num_rows is None else num_rows,
-        choose_backend(backend, logprob.device).name,
+        float(beta),
+        float(desirable_weight),
+        float(undesirable_weight),
+        float(sft_weight),
+        float(max(num_sequences, 1) if num_rows is None else num_rows),
+        backend,
     )
     return KTOLoss(loss, row_loss, row_logprob, log_ratio)
 
@@ -86,53 +86,7 @@ def sum_completions(
     The additions are those of `kto_loss` in the same order, so equal tokens give equal sums.
     """
     _check_tokens(logprob, offsets)
-    steps = _steps(choose_backend(backend, logprob.device).name)
-    return steps.sum_rows(logprob.detach().contiguous(), offsets.contiguous())
-
-
-class _KTOLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logprob: Tensor,
-        offsets: Tensor,
-        reference_logprob: Tensor,
-        is_desirable: Tensor,
-        kl: Tensor,
-        coefficients: tuple[float, float, float, float],
-        num_rows: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        offsets = offsets.contiguous()
-        row_loss, row_logprob, log_ratio, slope = _steps(backend).row_losses(
-            logprob.contiguous(),
-            offsets,
-            reference_logprob.contiguous(),
-            is_desirable.contiguous(),
-            kl,
-            *coefficients,
-        )
-        loss = (row_loss.sum(dtype=torch.float64) / num_rows).float()
-        row_loss = row_loss.float()
-        ctx.save_for_backward(offsets, slope)
-        ctx.options = (logprob.shape[0], num_rows, backend)
-        ctx.mark_non_differentiable(row_loss, row_logprob, log_ratio)
-        return loss, row_loss, row_logprob, log_ratio
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        offsets, slope = ctx.saved_tensors
-        num_tokens, num_rows, backend = ctx.options
-        row_gradient = (slope * (grad_loss.double() / num_rows)).float()
-        gradient = _steps(backend).expand_rows(row_gradient, offsets, num_tokens)
-        return (gradient, None, None, None, None, None, None, None)
-
-
-def _steps(backend: str) -> ModuleType:
-    """The module with the row steps of a backend; Triton is imported only when it is used."""
-    name = "kto_loss" if backend == "triton" else "kto_loss_torch"
-    return import_module(f"fastkto_kernels.{name}")
+    return loss_operator.sum_completions(logprob.detach(), offsets, backend)
 
 
 def _check_tokens(logprob: Tensor, offsets: Tensor) -> None:
@@ -147,15 +101,6 @@ def _check_tokens(logprob: Tensor, offsets: Tensor) -> None:
     if offsets.device != logprob.device:
         raise ValueError(
             f"logprob is on {logprob.device}, offsets on {offsets.device}; move them to one device"
-        )
-    num_tokens = logprob.shape[0]
-    is_valid = (offsets[0] == 0) & (offsets[-1] == num_tokens) & (offsets.diff() >= 0).all()
-    if offsets.device.type == "cuda":
-        torch._assert_async(is_valid, f"offsets do not rise from 0 to N={num_tokens}")
-    elif not is_valid:
-        raise ValueError(
-            f"offsets run from {int(offsets[0])} to {int(offsets[-1])}; expected values that never "
-            f"fall, from 0 to N={num_tokens}"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedModel, masking_utils
 
 from fastkto.activation_offloading import is_activation
-from fastkto_kernels import loops
+from fastkto.logprob_operator import IMPLEMENTATIONS
+from fastkto_kernels import gradients, scan
 
 _ATTENTION = "fastkto_memory"
 
@@ -44,6 +45,9 @@ class LiveBytes(TorchDispatchMode):
             return self._number
         if func is torch.ops.aten._grouped_mm.default:
             result = _empty_grouped_mm(*args[:3])
+        elif func in IMPLEMENTATIONS:
+            with self:  # what the head's operators need inside counts too
+                result = IMPLEMENTATIONS[func](*args, **(kwargs or {}))
         else:
             result = func(*args, **(kwargs or {}))
         is_copy = func is torch.ops.aten._to_copy.default
@@ -166,20 +170,31 @@ def shortcuts() -> Iterator[None]:
     """What code cannot know on fake tensors, and what it need not repeat on them.
 
     transformers masks as for packed sequences where it cannot read the positions: there are none.
-    The head's loops take their first two steps and their last, since every step needs the same.
+    The head's loops take their first two steps and their last, since every step needs the same;
+    their tiles are those of a GPU.
     """
-    packed, spans = masking_utils.find_packed_sequence_indices, loops.spans
+    packed, spans = masking_utils.find_packed_sequence_indices, scan.spans
+    tile_shape = scan.tile_shape
 
     def few_spans(length: int, step: int) -> Iterator[tuple[int, int]]:
         every = list(spans(length, step))
         yield from every if len(every) <= 3 else (*every[:2], every[-1])
 
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    loops.spans = few_spans
+    scan.spans = gradients.spans = few_spans
+    scan.tile_shape = partial(_gpu_tile_shape, tile_shape)
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices, loops.spans = packed, spans
+        masking_utils.find_packed_sequence_indices = packed
+        scan.spans = gradients.spans = spans
+        scan.tile_shape = tile_shape
+
+
+def _gpu_tile_shape(
+    tile_shape: Callable[..., tuple[int, int]], *args: int, device_type: str, **kwargs: int
+) -> tuple[int, int]:
+    return tile_shape(*args, device_type="cuda", **kwargs)
 
 
 def _attention(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastkto import eager, linear_logprob
-from fastkto_kernels import loops
-from fastkto_kernels.tiles import Operands
+from fastkto_kernels import gradients, operands, scan
+from fastkto_kernels.operands import Operands
 from tests.precision import rounding_ratios
 
 Place = tuple[str, str]
@@ -133,8 +133,9 @@ def gpu_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     compute_dtype = property(lambda operands: operands.compute_dtype)
     monkeypatch.setattr(Operands, "matmul_dtype", compute_dtype)
-    monkeypatch.setattr(loops, "multiply", multiply)
-    monkeypatch.setattr(loops, "multiply_add", multiply_add)
+    for module in (operands, scan, gradients):
+        monkeypatch.setattr(module, "multiply", multiply, raising=False)
+        monkeypatch.setattr(module, "multiply_add", multiply_add)
 
 
 @pytest.mark.usefixtures("gpu_tiles")

@@ -1,7 +1,7 @@
 """The tile steps of `linear_logprob` as Triton kernels with their launchers.
 
-`fold_tile` and `gradient_tile` follow the contracts `FoldStep` and `GradientStep` in `tiles`.
-One program handles one row of a tile: rows are the long axis and lie on grid axis x.
+The launchers follow the contracts in `tiles`: `FoldStep`, `RescaleStep` and `GradientStep`. One
+program handles one row of a tile: rows are the long axis and lie on grid axis x.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import CompileCase
-from .tiles import EXP_FLOOR, GRADIENT_UNIT, LogitTransform, RowState
+from .tiles import EXP_FLOOR, GRADIENT_UNIT, MAX_LAG, LogitTransform, RowState
 
 # The fp32 tile alone: everything else stays in registers.
 BYTES_PER_LOGIT = 4
@@ -45,61 +45,81 @@ def _fold_kernel(
     tile_ptr,  # [R, C] fp32
     bias_ptr,  # [C] fp32 or None
     target_ptr,  # [R] int64
-    other_max_ptr,  # [R] fp32, this and all below are read and written
+    reference_ptr,  # [R] fp32, this and all down to the sums are read and written
     other_sum_ptr,  # [R] fp32
     target_logit_ptr,  # [R] fp32
+    target_slope_ptr,  # [R] fp32
     weighted_sum_ptr,  # [R] fp32 or None
     logit_sum_ptr,  # [R] fp32 or None
+    decay_ptr,  # [R] fp32
+    exponentials_ptr,  # [R, C] fp32, fp16 or bf16, or None; may be the tile
     vocab_start,
     num_columns,
     inner_scale,
     outer_scale,
+    unit,
     HAS_SOFTCAP: tl.constexpr,
     EXP_FLOOR: tl.constexpr,
+    MAX_LAG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    tile_row_ptr = tile_ptr + row * num_columns
+    row_start = row * num_columns
     target = tl.load(target_ptr + row) - vocab_start
-    other_max = tl.load(other_max_ptr + row)
-    other_sum = tl.load(other_sum_ptr + row)
+    old_reference = tl.load(reference_ptr + row)
     target_logit = tl.load(target_logit_ptr + row)
-    if weighted_sum_ptr is not None:
-        weighted_sum = tl.load(weighted_sum_ptr + row)
-        logit_sum = tl.load(logit_sum_ptr + row)
+    target_slope = tl.load(target_slope_ptr + row)
 
+    largest = -float("inf")
     for start in range(0, num_columns, BLOCK):
         offs_v = start + tl.arange(0, BLOCK)
         mask_v = offs_v < num_columns
-        logits, _ = _load_logits(
-            tile_row_ptr, bias_ptr, offs_v, mask_v, inner_scale, outer_scale, HAS_SOFTCAP
+        logits, slope = _load_logits(
+            tile_ptr + row_start, bias_ptr, offs_v, mask_v, inner_scale, outer_scale, HAS_SOFTCAP
         )
-        is_target = offs_v == target
+        is_target = (offs_v == target) & mask_v
         # Zero before the tile that holds the target, and one column there matches.
-        target_logit += tl.sum(tl.where(is_target & mask_v, logits, 0.0), 0)
+        target_logit += tl.sum(tl.where(is_target, logits, 0.0), 0)
+        target_slope += tl.sum(tl.where(is_target, slope, 0.0), 0)
         others = tl.where(mask_v & (offs_v != target), logits, -float("inf"))
-        new_max = tl.maximum(other_max, tl.max(others, 0))
-        distance = others - new_max
-        exponentials = tl.exp(distance)
-        shift = other_max - new_max
-        # By comparison: tl.maximum would drop a NaN that must stay visible.
-        shift = tl.where(shift < EXP_FLOOR, EXP_FLOOR, shift)
-        decay = tl.exp(shift)
+        largest = tl.maximum(largest, tl.max(others, 0))
+    reference = tl.where(largest > old_reference + MAX_LAG, largest, old_reference)
+    shift = old_reference - reference
+    shift = tl.where(shift < EXP_FLOOR, EXP_FLOOR, shift)
+    decay = tl.exp(shift)
+
+    tile_sum = 0.0
+    tile_weighted = 0.0
+    tile_logits = 0.0
+    # The row is in the cache by now.
+    for start in range(0, num_columns, BLOCK):
+        offs_v = start + tl.arange(0, BLOCK)
+        mask_v = offs_v < num_columns
+        logits, slope = _load_logits(
+            tile_ptr + row_start, bias_ptr, offs_v, mask_v, inner_scale, outer_scale, HAS_SOFTCAP
+        )
+        is_other = mask_v & (offs_v != target)
+        distance = tl.where(is_other, logits - reference, -float("inf"))
+        terms = tl.exp(distance)
+        tile_sum += tl.sum(terms, 0)
         if weighted_sum_ptr is not None:
             # The distance may be -inf where its exp() is zero.
-            distance = tl.where(exponentials > 0, distance, 0.0)
-            weighted_sum = decay * (weighted_sum + other_sum * shift)
-            weighted_sum += tl.sum(exponentials * distance, 0)
-            logit_sum += tl.sum(tl.where(mask_v, logits, 0.0), 0)
-        other_sum = other_sum * decay + tl.sum(exponentials, 0)
-        other_max = new_max
+            tile_weighted += tl.sum(terms * tl.where(terms > 0, distance, 0.0), 0)
+            tile_logits += tl.sum(tl.where(mask_v, logits, 0.0), 0)
+        if exponentials_ptr is not None:
+            values = (terms * slope * unit).to(exponentials_ptr.dtype.element_ty)
+            tl.store(exponentials_ptr + row_start + offs_v, values, mask=mask_v)
 
-    tl.store(other_max_ptr + row, other_max)
-    tl.store(other_sum_ptr + row, other_sum)
-    tl.store(target_logit_ptr + row, target_logit)
+    other_sum = tl.load(other_sum_ptr + row)
     if weighted_sum_ptr is not None:
-        tl.store(weighted_sum_ptr + row, weighted_sum)
-        tl.store(logit_sum_ptr + row, logit_sum)
+        weighted_sum = tl.load(weighted_sum_ptr + row)
+        tl.store(weighted_sum_ptr + row, decay * (weighted_sum + other_sum * shift) + tile_weighted)
+        tl.store(logit_sum_ptr + row, tl.load(logit_sum_ptr + row) + tile_logits)
+    tl.store(other_sum_ptr + row, other_sum * decay + tile_sum)
+    tl.store(reference_ptr + row, reference)
+    tl.store(target_logit_ptr + row, target_logit)
+    tl.store(target_slope_ptr + row, target_slope)
+    tl.store(decay_ptr + row, decay)
 
 
 def fold_tile(
@@ -110,25 +130,64 @@ def fold_tile(
     *,
     vocab_start: int,
     transform: LogitTransform,
+    decay: Tensor,
+    exponentials: Tensor | None,
+    unit: float,
 ) -> None:
-    """Fold one tile into the state, in place: running maximum and sums without the target."""
+    """Fold one tile into the state, in place, and write its exponentials where asked."""
     num_rows, num_columns = tile.shape
     inner_scale, outer_scale = transform.factors
     _fold_kernel[(num_rows,)](
         tile_ptr=tile,
         bias_ptr=bias,
         target_ptr=target,
-        other_max_ptr=state.other_max,
+        reference_ptr=state.reference,
         other_sum_ptr=state.other_sum,
         target_logit_ptr=state.target_logit,
+        target_slope_ptr=state.target_slope,
         weighted_sum_ptr=state.weighted_sum,
         logit_sum_ptr=state.logit_sum,
+        decay_ptr=decay,
+        exponentials_ptr=exponentials,
         vocab_start=vocab_start,
         num_columns=num_columns,
         inner_scale=inner_scale,
         outer_scale=outer_scale,
+        unit=unit,
         HAS_SOFTCAP=transform.softcap is not None,
         EXP_FLOOR=EXP_FLOOR,
+        MAX_LAG=MAX_LAG,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )
+
+
+@triton.jit
+def _rescale_kernel(
+    total_ptr,  # [R, D] fp32, read and written
+    decay_ptr,  # [R] fp32
+    hidden_size,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    decay = tl.load(decay_ptr + row)
+    if decay != 1.0:
+        for start in range(0, hidden_size, BLOCK):
+            offs_d = start + tl.arange(0, BLOCK)
+            mask_d = offs_d < hidden_size
+            total_ptrs = total_ptr + row * hidden_size + offs_d
+            total = tl.load(total_ptrs, mask=mask_d, other=0.0)
+            tl.store(total_ptrs, total * decay, mask=mask_d)
+
+
+def rescale_rows(total: Tensor, decay: Tensor) -> None:
+    """Multiply the rows of the total by the decay, in place; a factor of 1 costs nothing."""
+    num_rows, hidden_size = total.shape
+    _rescale_kernel[(num_rows,)](
+        total_ptr=total,
+        decay_ptr=decay,
+        hidden_size=hidden_size,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
@@ -140,11 +199,9 @@ def _gradient_kernel(
     tile_ptr,  # [R, C] fp32
     bias_ptr,  # [C] fp32 or None
     target_ptr,  # [R] int64
-    other_max_ptr,  # [R] fp32
+    reference_ptr,  # [R] fp32
     other_sum_ptr,  # [R] fp32
-    row_scale_ptr,  # [R] fp32
-    direction_ptr,  # [R, C] fp32, fp16 or bf16, or None
-    scaled_ptr,  # [R, C] fp32, fp16 or bf16, or None
+    direction_ptr,  # [R, C] fp32, fp16 or bf16; may be the tile
     vocab_start,
     num_columns,
     inner_scale,
@@ -156,9 +213,8 @@ def _gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_start = row * num_columns
     target = tl.load(target_ptr + row)
-    other_max = tl.load(other_max_ptr + row)
-    row_scale = tl.load(row_scale_ptr + row)
-    # At least 1, the largest term, except in a vocabulary of the target alone.
+    reference = tl.load(reference_ptr + row)
+    # At least 1, its first term, except in a vocabulary of the target alone.
     other_sum = tl.load(other_sum_ptr + row)
     factor = -GRADIENT_UNIT / tl.where(other_sum < 1.0, 1.0, other_sum)
 
@@ -168,28 +224,23 @@ def _gradient_kernel(
         logits, slope = _load_logits(
             tile_ptr + row_start, bias_ptr, offs_v, mask_v, inner_scale, outer_scale, HAS_SOFTCAP
         )
-        gradient = tl.exp(logits - other_max) * factor
+        gradient = tl.exp(logits - reference) * factor
         gradient = tl.where(offs_v == target - vocab_start, GRADIENT_UNIT, gradient) * slope
         gradient = tl.where(target < 0, 0.0, gradient)
-        if direction_ptr is not None:
-            direction = gradient.to(direction_ptr.dtype.element_ty)
-            tl.store(direction_ptr + row_start + offs_v, direction, mask=mask_v)
-        if scaled_ptr is not None:
-            scaled = (gradient * row_scale).to(scaled_ptr.dtype.element_ty)
-            tl.store(scaled_ptr + row_start + offs_v, scaled, mask=mask_v)
+        direction = gradient.to(direction_ptr.dtype.element_ty)
+        tl.store(direction_ptr + row_start + offs_v, direction, mask=mask_v)
 
 
 def gradient_tile(
     tile: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    state: RowState,
+    reference: Tensor,
+    other_sum: Tensor,
     *,
     vocab_start: int,
     transform: LogitTransform,
-    row_scale: Tensor,
-    direction: Tensor | None,
-    scaled: Tensor | None,
+    direction: Tensor,
 ) -> None:
     """Write the gradients of the raw logits, see `GradientStep`."""
     num_rows, num_columns = tile.shape
@@ -198,11 +249,9 @@ def gradient_tile(
         tile_ptr=tile,
         bias_ptr=bias,
         target_ptr=target,
-        other_max_ptr=state.other_max,
-        other_sum_ptr=state.other_sum,
-        row_scale_ptr=row_scale,
+        reference_ptr=reference,
+        other_sum_ptr=other_sum,
         direction_ptr=direction,
-        scaled_ptr=scaled,
         vocab_start=vocab_start,
         num_columns=num_columns,
         inner_scale=inner_scale,
@@ -221,51 +270,56 @@ _SCALARS = {
     "inner_scale": "fp32",
     "outer_scale": "fp32",
 }
+_TILE_DTYPES = ("*fp32", "*fp16", "*bf16")
 
 
 def compile_cases() -> list[CompileCase]:
     """Every form in which the launchers above launch their kernels."""
-    cases = []
-    for has_bias, has_softcap, stats in product((False, True), repeat=3):
+    rescaled = {"total_ptr": "*fp32", "decay_ptr": "*fp32"}
+    cases = [_case(_rescale_kernel, rescaled, {"hidden_size": "i32"}, {"BLOCK": BLOCK})]
+    forms = product((False, True), (False, True), (False, True), (None, *_TILE_DTYPES))
+    for has_bias, has_softcap, stats, exponentials in forms:
         pointers = {
             "tile_ptr": "*fp32",
             "bias_ptr": "*fp32" if has_bias else None,
             "target_ptr": "*i64",
-            "other_max_ptr": "*fp32",
+            "reference_ptr": "*fp32",
             "other_sum_ptr": "*fp32",
             "target_logit_ptr": "*fp32",
+            "target_slope_ptr": "*fp32",
             "weighted_sum_ptr": "*fp32" if stats else None,
             "logit_sum_ptr": "*fp32" if stats else None,
+            "decay_ptr": "*fp32",
+            "exponentials_ptr": exponentials,
         }
         constexprs: dict[str, Any] = {
             "HAS_SOFTCAP": has_softcap,
             "EXP_FLOOR": EXP_FLOOR,
+            "MAX_LAG": MAX_LAG,
             "BLOCK": BLOCK,
         }
-        cases.append(_case(_fold_kernel, pointers, constexprs))
-    outputs = ((True, False), (False, True), (True, True))
-    for has_bias, has_softcap, (direction, scaled), kind in product(
-        (False, True), (False, True), outputs, ("*fp32", "*fp16", "*bf16")
-    ):
+        cases.append(_case(_fold_kernel, pointers, _SCALARS | {"unit": "fp32"}, constexprs))
+    for has_bias, has_softcap, kind in product((False, True), (False, True), _TILE_DTYPES):
         pointers = {
             "tile_ptr": "*fp32",
             "bias_ptr": "*fp32" if has_bias else None,
             "target_ptr": "*i64",
-            "other_max_ptr": "*fp32",
+            "reference_ptr": "*fp32",
             "other_sum_ptr": "*fp32",
-            "row_scale_ptr": "*fp32",
-            "direction_ptr": kind if direction else None,
-            "scaled_ptr": kind if scaled else None,
+            "direction_ptr": kind,
         }
         values = {"HAS_SOFTCAP": has_softcap, "GRADIENT_UNIT": GRADIENT_UNIT, "BLOCK": BLOCK}
-        cases.append(_case(_gradient_kernel, pointers, values))
+        cases.append(_case(_gradient_kernel, pointers, _SCALARS, values))
     return cases
 
 
 def _case(
-    kernel: triton.JITFunction, pointers: dict[str, str | None], constexprs: Mapping[str, Any]
+    kernel: triton.JITFunction,
+    pointers: Mapping[str, str | None],
+    scalars: Mapping[str, str],
+    constexprs: Mapping[str, Any],
 ) -> CompileCase:
     """A case in which absent pointers are compile-time None, as Triton treats them."""
     present = {name: kind for name, kind in pointers.items() if kind is not None}
     absent = {name: None for name, kind in pointers.items() if kind is None}
-    return CompileCase(kernel, present | _SCALARS, absent | dict(constexprs), NUM_WARPS)
+    return CompileCase(kernel, present | dict(scalars), absent | dict(constexprs), NUM_WARPS)

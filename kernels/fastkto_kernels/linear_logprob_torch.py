@@ -1,12 +1,12 @@
 """The tile steps of `linear_logprob` in PyTorch, for any device; the readable twin of the kernels.
 
-`fold_tile` and `gradient_tile` follow the contracts `FoldStep` and `GradientStep` in `tiles`.
+The functions follow the contracts in `tiles`: `FoldStep`, `RescaleStep` and `GradientStep`.
 """
 
 import torch
 from torch import Tensor
 
-from .tiles import EXP_FLOOR, GRADIENT_UNIT, LogitTransform, RowState
+from .tiles import EXP_FLOOR, GRADIENT_UNIT, MAX_LAG, LogitTransform, RowState
 
 # The fp32 tile and two temporaries of its size.
 BYTES_PER_LOGIT = 12
@@ -20,58 +20,79 @@ def fold_tile(
     *,
     vocab_start: int,
     transform: LogitTransform,
+    decay: Tensor,
+    exponentials: Tensor | None,
+    unit: float,
 ) -> None:
-    """Fold one tile into the state, in place: running maximum and sums without the target."""
-    logits, _ = _transform_in_place(tile, bias, transform, needs_slope=False)
+    """Fold one tile into the state, in place, and write its exponentials where asked."""
+    needs_slope = exponentials is not None
+    logits, slope = _transform_in_place(tile, bias, transform, needs_slope=needs_slope)
     index, inside = _locate(target, vocab_start, logits.shape[1])
-    target_logit = logits.gather(1, index)
-    state.target_logit.copy_(torch.where(inside, target_logit, state.target_logit[:, None])[:, 0])
+    _pick(state.target_logit, logits, index, inside)
+    if slope is None:
+        state.target_slope.fill_(1.0)
+    else:
+        _pick(state.target_slope, slope, index, inside)
     if state.logit_sum is not None:
         state.logit_sum.add_(logits.sum(1))
-    logits.scatter_(1, index, torch.where(inside, -torch.inf, target_logit))
+    logits.scatter_(1, index, torch.where(inside, -torch.inf, logits.gather(1, index)))
 
-    new_max = torch.maximum(state.other_max, logits.amax(1))
-    shift = (state.other_max - new_max).clamp_min(EXP_FLOOR)
-    decay = shift.exp()
-    distance = logits.sub_(new_max[:, None]).clamp_min_(EXP_FLOOR)
+    largest = logits.amax(1)
+    reference = torch.where(largest > state.reference + MAX_LAG, largest, state.reference)
+    shift = (state.reference - reference).clamp_min(EXP_FLOOR)
+    torch.exp(shift, out=decay)
+    distance = logits.sub_(reference[:, None])
     if state.weighted_sum is None:
-        tile_sum = distance.exp_().sum(1)
+        terms = distance.exp_()
     else:
-        exponentials = distance.exp()
-        tile_sum = exponentials.sum(1)
+        terms = distance.exp()
         moved = state.weighted_sum + state.other_sum * shift
-        state.weighted_sum.copy_(decay * moved + distance.mul_(exponentials).sum(1))
-    state.other_sum.copy_(state.other_sum * decay + tile_sum)
-    state.other_max.copy_(new_max)
+        # The distance may be -inf where its exp() is zero.
+        weighted = distance.clamp_min_(EXP_FLOOR).mul_(terms).sum(1)
+        state.weighted_sum.copy_(decay * moved + weighted)
+    state.other_sum.copy_(state.other_sum * decay + terms.sum(1))
+    state.reference.copy_(reference)
+    if exponentials is not None:
+        if slope is not None:
+            terms.mul_(slope)
+        if unit != 1.0:
+            terms.mul_(unit)
+        if terms.data_ptr() != exponentials.data_ptr():
+            exponentials.copy_(terms)
+
+
+def rescale_rows(total: Tensor, decay: Tensor) -> None:
+    """Multiply the rows of the total by the decay, in place."""
+    # On a CPU a look costs less than the multiplication, which is rarely needed.
+    if total.device.type != "cpu" or not bool((decay == 1.0).all()):
+        total.mul_(decay[:, None])
 
 
 def gradient_tile(
     tile: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    state: RowState,
+    reference: Tensor,
+    other_sum: Tensor,
     *,
     vocab_start: int,
     transform: LogitTransform,
-    row_scale: Tensor,
-    direction: Tensor | None,
-    scaled: Tensor | None,
+    direction: Tensor,
 ) -> None:
     """Write the gradients of the raw logits, see `GradientStep`."""
     logits, slope = _transform_in_place(tile, bias, transform, needs_slope=True)
     index, inside = _locate(target, vocab_start, logits.shape[1])
-    gradient = logits.sub_(state.other_max[:, None]).exp_()
-    # At least 1, the largest term, except in a vocabulary of the target alone.
-    gradient.mul_((-GRADIENT_UNIT / state.other_sum.clamp_min(1.0))[:, None])
+    gradient = logits.sub_(reference[:, None]).exp_()
+    # At least 1, its first term, except in a vocabulary of the target alone.
+    factor = -GRADIENT_UNIT / other_sum.clamp_min(1.0)
+    gradient.mul_(factor[:, None])
     target_gradient = torch.where(inside, GRADIENT_UNIT, gradient.gather(1, index))
     gradient.scatter_(1, index, target_gradient)
     if slope is not None:
         gradient.mul_(slope)
     gradient.masked_fill_((target < 0)[:, None], 0.0)
-    if direction is not None:
+    if gradient.data_ptr() != direction.data_ptr():
         direction.copy_(gradient)
-    if scaled is not None:
-        scaled.copy_(gradient.mul_(row_scale[:, None]))
 
 
 def _transform_in_place(
@@ -81,7 +102,8 @@ def _transform_in_place(
     if bias is not None:
         tile.add_(bias)
     inner_scale, outer_scale = transform.factors
-    tile.mul_(inner_scale)
+    if inner_scale != 1.0:
+        tile.mul_(inner_scale)
     if transform.softcap is None:
         return tile, None
     # 1 / cosh^2 and not 1 - tanh^2, which loses the small slopes to cancellation.
@@ -94,3 +116,8 @@ def _locate(target: Tensor, vocab_start: int, num_columns: int) -> tuple[Tensor,
     column = (target - vocab_start)[:, None]
     inside = (column >= 0) & (column < num_columns)
     return column.clamp(0, num_columns - 1), inside
+
+
+def _pick(out: Tensor, values: Tensor, index: Tensor, inside: Tensor) -> None:
+    """Write the target's value to the rows whose target is in this tile."""
+    out.copy_(torch.where(inside, values.gather(1, index), out[:, None])[:, 0])

@@ -14,8 +14,7 @@ sure of keeps a correct gradient:
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +23,18 @@ from torch import Tensor
 EXP_FLOOR = -200.0
 # Lowest finite fp32: a running maximum that starts here, and not at -inf, needs no special case.
 LOWEST_LOGIT = torch.finfo(torch.float32).min
-# Tiles of the gradient hold values up to 1; as fp16, probabilities of a large vocabulary would be
-# subnormal. A power of two, so that nothing is rounded.
+# The reference logit of a row follows the largest one only when it lags by more nats than this:
+# a change rescales what was summed before. exp() of it has to fit fp16.
+MAX_LAG = 8.0
+# Tiles of the gradient hold values up to 1 and those of exponentials up to exp(MAX_LAG); as fp16,
+# probabilities of a large vocabulary would be subnormal. Powers of two, so that nothing is rounded.
 GRADIENT_UNIT = 4096.0
-MAX_TILE_ROWS = 4096
+EXPONENTIAL_UNIT = 16.0
+# The weight is read once for so many tokens, which hides its reading behind the products.
+MAX_TILE_ROWS = 2048
+# A tile that stays in a CPU's cache while it is folded.
+MAX_CPU_TILE_ROWS = 512
+MAX_CPU_TILE_LOGITS = 2**19
 TILE_MULTIPLE = 128
 
 
@@ -49,10 +56,11 @@ class LogitTransform(NamedTuple):
 class RowState(NamedTuple):
     """What the tiles seen so far say about each row; every tensor is [N] fp32 and contiguous."""
 
-    other_max: Tensor  # largest logit besides the target
-    other_sum: Tensor  # sum of exp(logit - other_max) over all but the target
+    reference: Tensor  # at most MAX_LAG below the largest logit besides the target
+    other_sum: Tensor  # sum of exp(logit - reference) over all but the target
     target_logit: Tensor
-    weighted_sum: Tensor | None  # sum of exp(logit - other_max) * (logit - other_max)
+    target_slope: Tensor  # of the softcap, at the target
+    weighted_sum: Tensor | None  # sum of exp(logit - reference) * (logit - reference)
     logit_sum: Tensor | None  # sum of all logits, the target's included
 
     @classmethod
@@ -63,101 +71,99 @@ class RowState(NamedTuple):
             return torch.zeros(num_rows, dtype=torch.float32, device=device)
 
         return cls(
-            other_max=torch.full_like(zeros(), LOWEST_LOGIT),
+            reference=torch.full_like(zeros(), LOWEST_LOGIT),
             other_sum=zeros(),
             target_logit=zeros(),
+            target_slope=zeros(),
             weighted_sum=zeros() if stats else None,
             logit_sum=zeros() if stats else None,
         )
 
     def rows(self, start: int, end: int) -> "RowState":
         """Views of the rows from start to end."""
-        return RowState(
-            other_max=self.other_max[start:end],
-            other_sum=self.other_sum[start:end],
-            target_logit=self.target_logit[start:end],
-            weighted_sum=None if self.weighted_sum is None else self.weighted_sum[start:end],
-            logit_sum=None if self.logit_sum is None else self.logit_sum[start:end],
-        )
+        parts: Any = (None if value is None else value[start:end] for value in self)
+        return RowState(*parts)
 
 
 class FoldStep(Protocol):
-    """Folds one tile into the rows' state, in place; may overwrite the tile."""
+    """Folds one tile into the rows' state, in place; may overwrite the tile.
+
+    Where `exponentials` is given it receives unit * exp(z - reference) * tanh'(...), 0 at the
+    target; it may be the tile itself. `decay` receives exp(old reference - new reference).
+    """
 
     def __call__(
         self,
-        tile: Tensor,  # [R, C] fp32, hidden @ weight.T
+        tile: Tensor,  # [R, C] fp32, the raw logits
         bias: Tensor | None,  # [C] fp32
         target: Tensor,  # [R] int64, counted from the start of the whole vocabulary
         state: RowState,  # [R]
         *,
         vocab_start: int,
         transform: LogitTransform,
+        decay: Tensor,  # [R] fp32
+        exponentials: Tensor | None,  # [R, C] in the matmul's dtype
+        unit: float,
+    ) -> None: ...
+
+
+class RescaleStep(Protocol):
+    """Multiplies the rows of `total` by `decay`, in place; most factors are 1."""
+
+    def __call__(
+        self,
+        total: Tensor,  # [R, D] fp32
+        decay: Tensor,  # [R] fp32
     ) -> None: ...
 
 
 class GradientStep(Protocol):
-    """Turns one tile into gradients of the raw logits, written to `direction` and `scaled`.
+    """Turns one tile into gradients of the raw logits, without what a row has in common.
 
-    direction = GRADIENT_UNIT * ([v == y] - softmax_{v != y}(z)) * tanh'(...), zero where ignored
-    scaled = direction * row_scale; may overwrite the tile.
+    direction = GRADIENT_UNIT * ([v == y] - softmax_{v != y}(z)) * tanh'(...), zero where ignored;
+    it may be the tile itself.
     """
 
     def __call__(
         self,
-        tile: Tensor,  # [R, C] fp32
+        tile: Tensor,  # [R, C] fp32, the raw logits
         bias: Tensor | None,  # [C] fp32
         target: Tensor,  # [R] int64
-        state: RowState,  # [R]
+        reference: Tensor,  # [R] fp32, of the state after all tiles
+        other_sum: Tensor,  # [R] fp32
         *,
         vocab_start: int,
         transform: LogitTransform,
-        row_scale: Tensor,  # [R] fp32, within [-1, 1]
-        direction: Tensor | None,  # [R, C] in the matmul's dtype
-        scaled: Tensor | None,  # [R, C] in the matmul's dtype
+        direction: Tensor,  # [R, C] in the matmul's dtype
     ) -> None: ...
 
 
-class Operands(NamedTuple):
-    """The inputs of the operation as the tile loops need them."""
+class Steps(Protocol):
+    """What a backend's module has."""
 
-    hidden: Tensor  # [N, D]
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    target: Tensor  # [N] int64; a negative target is ignored
-    compute_dtype: torch.dtype  # hidden and weight are rounded to it before they are multiplied
-    transform: LogitTransform
-
-    @property
-    def matmul_dtype(self) -> torch.dtype:
-        """The compute dtype where a matmul takes it and returns fp32 (CUDA, ROCm), else fp32."""
-        return self.compute_dtype if self.hidden.device.type == "cuda" else torch.float32
-
-    def hidden_rows(self, start: int, end: int) -> Tensor:
-        """[R, D] rows in the dtype of the matmul."""
-        return self.hidden[start:end].to(self.compute_dtype).to(self.matmul_dtype)
-
-    def weight_rows(self, start: int, end: int) -> Tensor:
-        """[C, D] rows in the dtype of the matmul."""
-        return self.weight[start:end].to(self.compute_dtype).to(self.matmul_dtype)
-
-    def bias_rows(self, start: int, end: int) -> Tensor | None:
-        """[C] fp32, contiguous."""
-        if self.bias is None:
-            return None
-        return self.bias[start:end].to(self.compute_dtype).float().contiguous()
+    BYTES_PER_LOGIT: int  # of the fp32 tile and the temporaries of its size
+    fold_tile: FoldStep
+    rescale_rows: RescaleStep
+    gradient_tile: GradientStep
 
 
 def tile_shape(
-    num_rows: int, vocab_size: int, *, bytes_per_logit: int, memory_bytes: int
+    num_rows: int,
+    vocab_size: int,
+    *,
+    bytes_per_logit: int,
+    memory_bytes: int,
+    device_type: str = "cuda",
 ) -> tuple[int, int]:
     """(R, C) with R * C * bytes_per_logit <= memory_bytes, as far as one logit fits.
 
     Depends on shapes alone, never on data. Many rows come first: they are what the weight, which
     is read once for every R rows, is shared between.
     """
-    max_logits = max(memory_bytes // bytes_per_logit, 1)
-    rows = max(min(num_rows, MAX_TILE_ROWS, max(max_logits // TILE_MULTIPLE, 1)), 1)
+    max_rows, max_logits = MAX_TILE_ROWS, max(memory_bytes // bytes_per_logit, 1)
+    if device_type == "cpu":
+        max_rows, max_logits = MAX_CPU_TILE_ROWS, min(max_logits, MAX_CPU_TILE_LOGITS)
+    rows = max(min(num_rows, max_rows, max(max_logits // TILE_MULTIPLE, 1)), 1)
     # A budget too small for wide tiles is spent on squarer ones: short rows waste the matmul.
     while rows > TILE_MULTIPLE and max_logits // rows < min(vocab_size, rows):
         rows = (rows + 1) // 2
@@ -171,39 +177,6 @@ def spans(length: int, step: int) -> Iterator[tuple[int, int]]:
     """(start, end) of consecutive blocks of at most `step`."""
     for start in range(0, length, step):
         yield start, min(start + step, length)
-
-
-@contextmanager
-def ieee_products(operands: Operands) -> Iterator[None]:
-    """fp32 matmuls on CUDA multiply in IEEE fp32 inside, whatever the process allows elsewhere.
-
-    TF32 keeps 11 bits of each factor, which is about what bf16 logits would lose.
-    """
-    if operands.matmul_dtype != torch.float32 or operands.hidden.device.type != "cuda":
-        yield
-        return
-    previous = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = previous
-
-
-def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left @ right, with fp32 out and fp32 accumulation."""
-    if left.dtype == torch.float32:
-        torch.mm(left, right, out=out)
-    else:
-        torch.mm(left, right, out_dtype=torch.float32, out=out)
-
-
-def multiply_add(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, with fp32 total and fp32 accumulation."""
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    else:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
 class Scratch:

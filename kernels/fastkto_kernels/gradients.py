@@ -1,0 +1,185 @@
+"""Gradients of `linear_logprob` from tiles computed again, once for all gradients asked for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .operands import Operands, ieee_products, multiply_add
+from .scan import Tiles
+from .tiles import GRADIENT_UNIT, Steps, spans
+
+
+class Gradients(NamedTuple):
+    """Gradients in the dtype of what they belong to; None where not asked for."""
+
+    hidden: Tensor | None  # [N, D]
+    weight: Tensor | None  # [V, D]
+    bias: Tensor | None  # [V]
+    extra_hidden: Tensor | None  # [N, E]
+    extra_weight: Tensor | None  # [V, E]
+
+
+class _Total:
+    """fp32 sums over tiles for the rows of a gradient at hand; an fp32 gradient is its own sum."""
+
+    def __init__(self, gradient_of: Tensor, factor: Tensor) -> None:
+        self.gradient = torch.zeros_like(gradient_of, memory_format=torch.contiguous_format)
+        self._factor = factor.expand(self.gradient.shape)  # what is left to multiply a sum by
+
+    def open(self, start: int, end: int) -> None:
+        """Begin the sums of these rows."""
+        self._start, self._end = start, end
+        rows = self.gradient[start:end]
+        self._sum = (
+            rows if rows.dtype == torch.float32 else torch.zeros_like(rows, dtype=torch.float32)
+        )
+
+    def at(self, start: int, end: int) -> Tensor:
+        """The sums of some of the open rows, to add to."""
+        return self._sum[start - self._start : end - self._start]
+
+    def close(self) -> None:
+        """Round the sums to the gradient."""
+        rows = slice(self._start, self._end)
+        total = self._sum.mul_(self._factor[rows])
+        if total.dtype != self.gradient.dtype:
+            self.gradient[rows] = total
+        del self._sum
+
+
+class _Totals:
+    """The sums of all gradients asked for.
+
+    The tiles hold gradients without the factor that a row has in common (`row_gradient`). The sums
+    for tokens get it at their end. In those for the vocabulary it is a factor of the hidden states,
+    as a share of the largest one, so that no 16-bit number underflows.
+    """
+
+    def __init__(self, operands: Operands, row_gradient: Tensor, needs: tuple[bool, ...]) -> None:
+        largest = row_gradient.abs().amax() if row_gradient.numel() else row_gradient.sum()
+        unit = torch.where(largest == 0, 1.0, largest)
+        self._operands = operands
+        self._row_scale = (row_gradient / unit)[:, None]
+        of_token, of_entry = row_gradient[:, None] / GRADIENT_UNIT, unit / GRADIENT_UNIT
+        parts = (
+            (operands.hidden, of_token),
+            (operands.weight, of_entry),
+            (operands.bias, of_entry),
+            (operands.extra_hidden, of_token),
+            (operands.extra_weight, of_entry),
+        )
+        self._all = tuple(
+            _Total(part, factor) if needed and part is not None else None
+            for (part, factor), needed in zip(parts, needs, strict=True)
+        )
+        hidden, weight, bias, extra_hidden, extra_weight = self._all
+        self.of_tokens = [total for total in (hidden, extra_hidden) if total]
+        self.of_vocabulary = [total for total in (weight, bias, extra_weight) if total]
+
+    @property
+    def vocabulary_outside(self) -> bool:
+        """Is it less memory to keep fp32 sums of all tokens than of the whole vocabulary?"""
+
+        def extra_bytes(totals: list[_Total]) -> int:
+            gradients = (total.gradient for total in totals)
+            return sum(4 * g.numel() for g in gradients if g.dtype != torch.float32)
+
+        return extra_bytes(self.of_tokens) < extra_bytes(self.of_vocabulary)
+
+    def add(
+        self,
+        rows: tuple[int, int],
+        columns: tuple[int, int],
+        direction: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+    ) -> None:
+        """Add what one tile gives."""
+        operands, row_scale = self._operands, self._row_scale[slice(*rows)]
+        of_hidden, of_weight, of_bias, of_extra_hidden, of_extra_weight = self._all
+
+        def scaled(value: Tensor) -> Tensor:
+            return (value * row_scale).to(direction.dtype)
+
+        if of_hidden:
+            multiply_add(of_hidden.at(*rows), direction, weight)
+        if of_weight:
+            multiply_add(of_weight.at(*columns), direction.t(), scaled(hidden))
+        if of_bias:
+            multiply_add(
+                of_bias.at(*columns)[:, None], direction.t(), row_scale.to(direction.dtype)
+            )
+        if of_extra_hidden and operands.extra_weight is not None:
+            extra_weight = operands.rounded(operands.extra_weight[slice(*columns)])
+            multiply_add(of_extra_hidden.at(*rows), direction, extra_weight)
+        if of_extra_weight and operands.extra_hidden is not None:
+            extra_hidden = operands.rounded(operands.extra_hidden[slice(*rows)])
+            multiply_add(of_extra_weight.at(*columns), direction.t(), scaled(extra_hidden))
+
+    def finish(self) -> Gradients:
+        return Gradients(*(None if total is None else total.gradient for total in self._all))
+
+
+def logits_gradients(
+    operands: Operands,
+    steps: Steps,
+    reference: Tensor,
+    other_sum: Tensor,
+    row_gradient: Tensor,
+    *,
+    needs: tuple[bool, bool, bool, bool, bool],
+    memory_bytes: int,
+) -> Gradients:
+    """Gradients of sum(upstream * logprob), of the inputs that `needs` asks for.
+
+    row_gradient: [N] fp32, upstream * (1 - p) * scale / temperature, zero at ignored rows.
+    needs: hidden, weight, bias, extra_hidden, extra_weight.
+    """
+    totals = _Totals(operands, row_gradient, needs)
+    num_tokens, vocab_size = operands.hidden.shape[0], operands.weight.shape[0]
+    tiles = Tiles(operands, steps, memory_bytes)
+    row_spans = list(spans(num_tokens, tiles.num_rows))
+    column_spans = list(spans(vocab_size, tiles.num_columns))
+
+    def add_tile(rows: tuple[int, int], columns: tuple[int, int]) -> None:
+        hidden, weight = operands.hidden_rows(*rows), operands.weight_rows(*columns)
+        tile = tiles.compute(rows, columns, hidden, weight)
+        direction = tiles.result(tile)
+        steps.gradient_tile(
+            tile,
+            operands.bias_rows(*columns),
+            operands.target[slice(*rows)],
+            reference[slice(*rows)],
+            other_sum[slice(*rows)],
+            vocab_start=columns[0],
+            transform=operands.transform,
+            direction=direction,
+        )
+        totals.add(rows, columns, direction, hidden, weight)
+
+    with ieee_products(operands):
+        if totals.vocabulary_outside:
+            with _open(totals.of_tokens, (0, num_tokens)):
+                for columns in column_spans:
+                    with _open(totals.of_vocabulary, columns):
+                        for rows in row_spans:
+                            add_tile(rows, columns)
+        else:
+            with _open(totals.of_vocabulary, (0, vocab_size)):
+                for rows in row_spans:
+                    with _open(totals.of_tokens, rows):
+                        for columns in column_spans:
+                            add_tile(rows, columns)
+    return totals.finish()
+
+
+@contextmanager
+def _open(totals: list[_Total], span: tuple[int, int]) -> Iterator[None]:
+    for total in totals:
+        total.open(*span)
+    yield
+    for total in totals:
+        total.close()

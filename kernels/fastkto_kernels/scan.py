@@ -1,0 +1,119 @@
+"""The sweep over all tiles of the logits: each row's state, and a frozen head's gradient."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .operands import Operands, ieee_products, multiply, multiply_add
+from .tiles import EXPONENTIAL_UNIT, RowState, Scratch, Steps, spans, tile_shape
+
+
+class Scan(NamedTuple):
+    """What one sweep over the vocabulary gives."""
+
+    state: RowState  # [N]
+    # [N, D] in the compute dtype: d logprob / d raw hidden state over 1 - p, without the logits'
+    # scale. Zero where ignored; None if not asked for.
+    direction: Tensor | None
+
+
+def scan_logits(
+    operands: Operands, steps: Steps, *, stats: bool, with_direction: bool, memory_bytes: int
+) -> Scan:
+    """The state of all N rows after all V logits, and the direction of the hidden gradient.
+
+    One matmul's worth of work, two with the direction. Both are the same to the bit in all that
+    they have in common.
+    """
+    num_rows, vocab_size = operands.hidden.shape[0], operands.weight.shape[0]
+    device = operands.hidden.device
+    state = RowState.empty(num_rows, device, stats=stats)
+    direction = None
+    if with_direction:
+        direction = torch.empty_like(
+            operands.hidden, dtype=operands.compute_dtype, memory_format=torch.contiguous_format
+        )
+    tiles = Tiles(operands, steps, memory_bytes)
+    with ieee_products(operands):
+        for rows in spans(num_rows, tiles.num_rows):
+            block = slice(*rows)
+            hidden = operands.hidden_rows(*rows)
+            total = None
+            if direction is not None:
+                total = torch.empty(hidden.shape, dtype=torch.float32, device=device)
+            decay = torch.empty(hidden.shape[0], dtype=torch.float32, device=device)
+            for columns in spans(vocab_size, tiles.num_columns):
+                weight = operands.weight_rows(*columns)
+                tile = tiles.compute(rows, columns, hidden, weight)
+                exponentials = None if total is None else tiles.result(tile)
+                steps.fold_tile(
+                    tile,
+                    operands.bias_rows(*columns),
+                    operands.target[block],
+                    state.rows(*rows),
+                    vocab_start=columns[0],
+                    transform=operands.transform,
+                    decay=decay,
+                    exponentials=exponentials,
+                    unit=_exponential_unit(operands),
+                )
+                if total is None or exponentials is None:
+                    continue
+                if columns[0] == 0:
+                    multiply(exponentials, weight, total)
+                else:
+                    steps.rescale_rows(total, decay)
+                    multiply_add(total, exponentials, weight)
+            if direction is not None and total is not None:
+                direction[block] = _finish_direction(operands, state, rows, total)
+    return Scan(state, direction)
+
+
+def _exponential_unit(operands: Operands) -> float:
+    return EXPONENTIAL_UNIT if operands.matmul_dtype == torch.float16 else 1.0
+
+
+def _finish_direction(
+    operands: Operands, state: RowState, rows: tuple[int, int], total: Tensor
+) -> Tensor:
+    """slope_y * W[y] - total / sum, [R, D] fp32, in place of the total of exp(z) * W."""
+    state, target = state.rows(*rows), operands.target[slice(*rows)]
+    # At least 1, its first term, except in a vocabulary of the target alone.
+    other_sum = state.other_sum.clamp_min(1.0) * _exponential_unit(operands)
+    total.div_(-other_sum[:, None])
+    target_weight = operands.rounded(operands.weight.index_select(0, target.clamp_min(0)))
+    total.addcmul_(state.target_slope[:, None], target_weight.float())
+    return total.masked_fill_((target < 0)[:, None], 0.0)
+
+
+class Tiles:
+    """The buffers of a loop, and the shape of its tiles."""
+
+    def __init__(self, operands: Operands, steps: Steps, memory_bytes: int) -> None:
+        self._operands = operands
+        dtype, device = operands.matmul_dtype, operands.hidden.device
+        needs_result = dtype != torch.float32
+        self.num_rows, self.num_columns = tile_shape(
+            operands.hidden.shape[0],
+            operands.weight.shape[0],
+            # counted where it is not needed too: a sweep has the same tiles with and without
+            bytes_per_logit=steps.BYTES_PER_LOGIT + needs_result * dtype.itemsize,
+            memory_bytes=memory_bytes,
+            device_type=device.type,
+        )
+        size = self.num_rows * self.num_columns
+        self._logits = Scratch(size, torch.float32, device)
+        self._result = Scratch(size, dtype, device) if needs_result else None
+
+    def compute(
+        self, rows: tuple[int, int], columns: tuple[int, int], hidden: Tensor, weight: Tensor
+    ) -> Tensor:
+        """[R, C] fp32 raw logits without the bias."""
+        tile = self._logits.tile(hidden.shape[0], weight.shape[0])
+        self._operands.raw_logits(rows, columns, hidden, weight, tile)
+        return tile
+
+    def result(self, tile: Tensor) -> Tensor:
+        """[R, C] in the matmul's dtype, for what becomes of the tile: itself where it is fp32."""
+        return tile if self._result is None else self._result.tile(*tile.shape)
