@@ -62,6 +62,7 @@ class _Totals:
         largest = row_gradient.abs().amax() if row_gradient.numel() else row_gradient.sum()
         unit = torch.where(largest == 0, 1.0, largest)
         self._operands = operands
+        self._rows: tuple[int, int] | None = None
         self._row_scale = (row_gradient / unit)[:, None]
         of_token, of_entry = row_gradient[:, None] / GRADIENT_UNIT, unit / GRADIENT_UNIT
         parts = (
@@ -98,28 +99,32 @@ class _Totals:
         weight: Tensor,
     ) -> None:
         """Add what one tile gives."""
-        operands, row_scale = self._operands, self._row_scale[slice(*rows)]
+        operands = self._operands
         of_hidden, of_weight, of_bias, of_extra_hidden, of_extra_weight = self._all
-
-        def scaled(value: Tensor) -> Tensor:
-            return (value * row_scale).to(direction.dtype)
-
         if of_hidden:
             multiply_add(of_hidden.at(*rows), direction, weight)
         if of_weight:
-            multiply_add(of_weight.at(*columns), direction.t(), scaled(hidden))
+            if self._rows != rows:  # the same for all tiles of these tokens
+                self._rows, self._scaled_hidden = rows, self._scaled(hidden, rows)
+            multiply_add(of_weight.at(*columns), direction.t(), self._scaled_hidden)
         if of_bias:
-            multiply_add(
-                of_bias.at(*columns)[:, None], direction.t(), row_scale.to(direction.dtype)
-            )
+            ones = torch.ones_like(direction[:, :1])
+            multiply_add(of_bias.at(*columns)[:, None], direction.t(), self._scaled(ones, rows))
         if of_extra_hidden and operands.extra_weight is not None:
             extra_weight = operands.rounded(operands.extra_weight[slice(*columns)])
             multiply_add(of_extra_hidden.at(*rows), direction, extra_weight)
         if of_extra_weight and operands.extra_hidden is not None:
             extra_hidden = operands.rounded(operands.extra_hidden[slice(*rows)])
-            multiply_add(of_extra_weight.at(*columns), direction.t(), scaled(extra_hidden))
+            scaled = self._scaled(extra_hidden, rows)
+            multiply_add(of_extra_weight.at(*columns), direction.t(), scaled)
+
+    def _scaled(self, value: Tensor, rows: tuple[int, int]) -> Tensor:
+        """[R, ...] times the row's factor; whatever stands in an ignored row becomes zero."""
+        row_scale = self._row_scale[slice(*rows)]
+        return torch.where(row_scale == 0, 0.0, value * row_scale).to(value.dtype)
 
     def finish(self) -> Gradients:
+        """What was summed."""
         return Gradients(*(None if total is None else total.gradient for total in self._all))
 
 
