@@ -43,6 +43,8 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return self._number
+        if func is torch.ops.aten.is_nonzero.default:  # of a tensor inside an operator
+            return bool(self._number)
         if func is torch.ops.aten._grouped_mm.default:
             result = _empty_grouped_mm(*args[:3])
         elif func in IMPLEMENTATIONS:
