@@ -9,7 +9,7 @@ from fastkto import linear_logprob
 from fastkto.logprob_operator import ROWS_AT_ONCE
 from fastkto_kernels import linear_logprob_torch
 from fastkto_kernels.memory import HeadCall, head_memory
-from tests.memory_truth import measured_peak
+from tests.allocations import measured_peak
 
 WITHIN = 0.05
 DTYPES = [torch.float32, torch.bfloat16]

@@ -22,8 +22,8 @@ from fastkto.config import DEFAULT_TOKENS
 from fastkto.data.batch import matched_sequences
 from fastkto.pass_budget import check_auto, find_budget, state_to_come
 from fastkto.trial_passes import trial_passes
+from tests.allocations import measured_peak
 from tests.launch import launch
-from tests.memory_truth import measured_peak
 from tests.models import tiny_model, tiny_tokenizer
 
 MIB = 2**20
