@@ -2,13 +2,23 @@
 
 import os
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
 import torch
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "liger-kernel",
+    "cut-cross-entropy",
+)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
@@ -17,8 +27,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     on_cuda = torch.cuda.is_available()
     processor: dict[str, Any] = machine_info.get("cpu", {})
     machine_info |= {
-        "versions": {name: version(name) for name in PACKAGES}
-        | {"Python": platform.python_version()},
+        "versions": installed_versions(),
         "device": "cuda" if on_cuda else "cpu",
         "device_name": torch.cuda.get_device_name()
         if on_cuda
@@ -26,6 +35,15 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "threads": torch.get_num_threads(),
         "command": " ".join(["python -m pytest", *map(_name, config.invocation_params.args)]),
     }
+
+
+def installed_versions() -> dict[str, str]:
+    """Of Python and of those `PACKAGES` that are installed."""
+    versions = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions | {"Python": platform.python_version()}
 
 
 def _name(argument: str) -> str:
