@@ -26,11 +26,12 @@ class Shape(NamedTuple):
     hidden: int
     vocabulary: int
     softcap: float | None = None
+    logit_scale: float = 1.0
 
     @property
     def tiny(self) -> Shape:
         """The same head, small enough to be checked in an instant."""
-        return Shape(32, 515, self.softcap)
+        return self._replace(hidden=32, vocabulary=515)
 
 
 SHAPES = {
@@ -82,9 +83,11 @@ class Case:
         return self.tokens // 2 if self.half_prompt else self.tokens
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("hidden", "vocabulary", "softcap")
-        shape = dict(zip(names, self.shape, strict=True))
-        return asdict(self) | shape | {"scored": self.scored, "dtype": str(self.dtype)[6:]}
+        return (
+            asdict(self)
+            | self.shape._asdict()
+            | {"scored": self.scored, "dtype": str(self.dtype)[6:]}
+        )
 
 
 class Inputs(NamedTuple):
@@ -94,7 +97,7 @@ class Inputs(NamedTuple):
     weight: Tensor  # [V, D]
     target: Tensor  # [N] int64, -100 in a prompt
     upstream: Tensor  # [N] fp32, gradient of the log-probabilities
-    softcap: float | None
+    shape: Shape
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -105,7 +108,7 @@ class Inputs(NamedTuple):
 def make_inputs(case: Case) -> Inputs:
     """The same in every mode, on `DEVICE`."""
     generator = torch.Generator(DEVICE).manual_seed(SEED)
-    num_tokens, (hidden_size, vocab_size, softcap) = case.tokens, case.shape
+    num_tokens, (hidden_size, vocab_size, *_) = case.tokens, case.shape
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=DEVICE)
@@ -125,7 +128,7 @@ def make_inputs(case: Case) -> Inputs:
         weight=weight.requires_grad_(case.mode == "trainable head"),
         target=target,
         upstream=normal(num_tokens) / num_tokens,
-        softcap=softcap,
+        shape=case.shape,
     )
 
 

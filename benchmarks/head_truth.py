@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.head_cases import Case, make_inputs
+from benchmarks.head_cases import Case, Inputs, make_inputs
 from fastkto import eager
 from fastkto_kernels.tiles import spans
 
@@ -29,14 +29,17 @@ class Results(NamedTuple):
 @lru_cache(maxsize=1)  # the modes of a shape come one after the other
 def find_truth(case: Case) -> Results:
     """fp64 results of `case.with_all_gradients`, on the CPU: the device is for the contenders."""
-    inputs = make_inputs(case)
+    return compute_exactly(make_inputs(case))
+
+
+def compute_exactly(inputs: Inputs) -> Results:
+    """fp64 results with both gradients, on the CPU."""
+    options = {"softcap": inputs.shape.softcap, "logit_scale": inputs.shape.logit_scale}
     weight = inputs.weight.detach().double().requires_grad_()
     logprobs, gradients = [], []
-    step = max(_LOGITS_AT_ONCE // len(weight), 1)
-    for start, end in spans(case.tokens, step):
+    for start, end in spans(len(inputs.target), max(_LOGITS_AT_ONCE // len(weight), 1)):
         hidden = inputs.hidden[start:end].detach().double().requires_grad_()
-        target = inputs.target[start:end]
-        scores = eager.linear_logprob(hidden, weight, target, softcap=inputs.softcap)
+        scores = eager.linear_logprob(hidden, weight, inputs.target[start:end], **options)
         scores.logprob.backward(inputs.upstream[start:end].double())
         logprobs.append(scores.logprob.detach().cpu())
         gradients.append(hidden.grad.cpu())
