@@ -1,28 +1,20 @@
 """What a results file says about the run, besides pytest-benchmark's own."""
 
 import os
-import platform
-from importlib.metadata import version
-from typing import Any
 
 import pytest
 import torch
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
+from benchmarks.machine import device_name, installed_versions
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     """Add versions, device, threads and command; leave out the machine's name."""
     machine_info.pop("node", None)
-    on_cuda = torch.cuda.is_available()
-    processor: dict[str, Any] = machine_info.get("cpu", {})
     machine_info |= {
-        "versions": {name: version(name) for name in PACKAGES}
-        | {"Python": platform.python_version()},
-        "device": "cuda" if on_cuda else "cpu",
-        "device_name": torch.cuda.get_device_name()
-        if on_cuda
-        else processor.get("brand_raw", "CPU"),
+        "versions": installed_versions(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device_name": device_name(),
         "threads": torch.get_num_threads(),
         "command": " ".join(["python -m pytest", *map(_name, config.invocation_params.args)]),
     }
@@ -31,4 +23,5 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def _name(argument: str) -> str:
     """Without folders above the repository, which say nothing to others."""
     option, equals, value = argument.rpartition("=")
-    return f"{option}{equals}{os.path.basename(value) if os.path.isabs(value) else value}"
+    value = os.path.basename(value) if os.path.isabs(value) else value
+    return f"{option}{equals}'{value}'" if " " in value else f"{option}{equals}{value}"

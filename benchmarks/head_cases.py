@@ -1,4 +1,7 @@
-"""The cases of the head benchmark: shapes of real models, and what needs a gradient."""
+"""The cases of the head benchmark: shapes of real models, numbers of tokens, and what is computed.
+
+Dimensions: N tokens, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -8,95 +11,142 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+SEED = 0
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Half of each is the prompt where a case has prompts.
+SEQUENCE_LENGTH = 256
+# Standard deviation of the logits, and the length of the component along the target's weight that
+# the surest token's hidden state has: probabilities of the target go from 1 / V to almost 1.
+LOGITS, CONFIDENCE = 2.5, 9.0
 
 
 class Shape(NamedTuple):
-    """The head of a model."""
+    """What a model's head multiplies."""
 
-    hidden_size: int
-    vocab_size: int
+    hidden: int
+    vocabulary: int
     softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @property
+    def tiny(self) -> Shape:
+        """The same head, small enough to be checked in an instant."""
+        return self._replace(hidden=32, vocabulary=515)
 
 
 SHAPES = {
-    "tiny": Shape(32, 1000),
-    "small": Shape(256, 32_000),
-    "Qwen2.5-0.5B": Shape(896, 151_936),
-    "Gemma-2-2B": Shape(2304, 256_000, 30.0),
-    "Llama-3.1-8B": Shape(4096, 128_256),
-    "Qwen3-8B": Shape(4096, 151_936),
+    "small": Shape(256, 8_192),
+    "qwen2.5-0.5b": Shape(896, 151_936),
+    "gemma-2-2b": Shape(2304, 256_000, softcap=30.0),
+    "llama-3.1-8b": Shape(4096, 128_256),
+    "qwen3-8b": Shape(4096, 151_936),
 }
-MODES = ("no gradient", "frozen head", "trainable head")
+# Matmuls of [N, D] by [D, V] that the result needs at least.
+MATMULS = {"no gradient": 1, "frozen head": 2, "trainable head": 3}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the operation, with its backward pass where something needs a gradient."""
+    """One workload: everything that all contenders are given."""
 
     model: str
-    mode: str
     tokens: int
-    dtype: str
-    half_prompt: bool = False  # every second position is of a prompt, and has no score
+    mode: str  # of MATMULS
+    half_prompt: bool = False  # the targets of the first half of each sequence are -100
+    is_tiny: bool = False
 
     def __str__(self) -> str:
-        """Its name in test ids, without spaces."""
-        parts = [self.model, self.mode.replace(" ", "_"), f"{self.tokens}"]
+        """Its name in test ids: pytest's -k selects by its parts."""
+        parts = [self.model, f"n{self.tokens}", self.mode.replace(" ", "_")]
         return "-".join(parts + ["half_prompt"] * self.half_prompt)
 
     @property
     def shape(self) -> Shape:
-        return SHAPES[self.model]
+        return SHAPES[self.model].tiny if self.is_tiny else SHAPES[self.model]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
     @property
     def tiny(self) -> Case:
-        """For a check that everything works."""
-        return replace(self, model="tiny", tokens=24)
+        return replace(self, tokens=48, is_tiny=True)
+
+    @property
+    def with_all_gradients(self) -> Case:
+        """The case whose exact results serve every mode."""
+        return replace(self, mode="trainable head")
+
+    @property
+    def scored(self) -> int:
+        """Tokens that have a target."""
+        return self.tokens // 2 if self.half_prompt else self.tokens
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | self.shape._asdict()
+        return (
+            asdict(self)
+            | self.shape._asdict()
+            | {"scored": self.scored, "dtype": str(self.dtype)[6:]}
+        )
 
 
 class Inputs(NamedTuple):
-    """hidden [N, D], weight [V, D] and target [N], -100 where there is no score."""
+    """What a contender gets."""
 
-    hidden: Tensor
-    weight: Tensor
-    target: Tensor
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    target: Tensor  # [N] int64, -100 in a prompt
+    upstream: Tensor  # [N] fp32, gradient of the log-probabilities
+    shape: Shape
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """Those that need a gradient."""
+        return tuple(tensor for tensor in self[:2] if tensor.requires_grad)
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Logits of a standard deviation of 2; hidden states and weight as in a model."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    dtype, shape = getattr(torch, case.dtype), case.shape
+    """The same in every mode, on `DEVICE`."""
+    generator = torch.Generator(DEVICE).manual_seed(SEED)
+    num_tokens, (hidden_size, vocab_size, *_) = case.tokens, case.shape
 
-    def normal(rows: int) -> Tensor:
-        return torch.randn(rows, shape.hidden_size, generator=generator, device=DEVICE)
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=DEVICE)
 
-    target = torch.randint(shape.vocab_size, (case.tokens,), generator=generator, device=DEVICE)
+    weight = normal(vocab_size, hidden_size).mul_(LOGITS / hidden_size**0.5).to(case.dtype)
+    target = torch.randint(vocab_size, (num_tokens,), generator=generator, device=DEVICE)
+    order = torch.randperm(num_tokens, generator=generator, device=DEVICE)
+    confidence = torch.linspace(0, CONFIDENCE, num_tokens, device=DEVICE)[order]
+    direction = torch.nn.functional.normalize(weight[target].float(), dim=1)
+    hidden = normal(num_tokens, hidden_size).addcmul_(direction, confidence[:, None])
     if case.half_prompt:
-        target[::2] = -100
+        length = min(SEQUENCE_LENGTH, num_tokens)
+        position = torch.arange(num_tokens, device=DEVICE) % length
+        target = torch.where(position < length // 2, -100, target)
     return Inputs(
-        hidden=normal(case.tokens).to(dtype).requires_grad_(case.mode != "no gradient"),
-        weight=normal(shape.vocab_size)
-        .mul_(2 / shape.hidden_size**0.5)
-        .to(dtype)
-        .requires_grad_(case.mode == "trainable head"),
+        hidden=hidden.to(case.dtype).requires_grad_(case.mode != "no gradient"),
+        weight=weight.requires_grad_(case.mode == "trainable head"),
         target=target,
+        upstream=normal(num_tokens) / num_tokens,
+        shape=case.shape,
     )
 
 
+def all_modes(model: str, tokens: int, *, half_prompt: bool = False) -> list[Case]:
+    return [Case(model, tokens, mode, half_prompt) for mode in MATMULS]
+
+
+REAL_MODELS = [name for name in SHAPES if name != "small"]
 CPU_CASES = [
-    Case(model, mode, 2048, "float32", half_prompt)
-    for model in ("small", "Qwen2.5-0.5B")
+    case
+    for model, tokens in (("small", 1024), ("qwen2.5-0.5b", 2048))
     for half_prompt in (False, True)
-    for mode in MODES
-]
+    for case in all_modes(model, tokens, half_prompt=half_prompt)
+] + [replace(case, is_tiny=True) for case in all_modes("gemma-2-2b", 48)]
 CUDA_CASES = [
-    Case(model, mode, tokens, "bfloat16")
-    for model in ("Qwen2.5-0.5B", "Gemma-2-2B", "Llama-3.1-8B", "Qwen3-8B")
+    case
+    for model in REAL_MODELS
     for tokens in (2048, 8192, 32_768, 131_072)
-    for mode in MODES
-]
+    for case in all_modes(model, tokens)
+] + [case for model in REAL_MODELS for case in all_modes(model, 8192, half_prompt=True)]
 CASES = CUDA_CASES if DEVICE.type == "cuda" else CPU_CASES

@@ -1,15 +1,7 @@
-"""Markdown tables and figures of runs of `benchmarks/test_step.py`.
-
-    python -m benchmarks.step_report RESULTS.json [MORE.json ...] --output docs
-
-writes `docs/step_results.md`, `docs/step_mixes.svg` and `docs/step_batches.svg`.
-"""
+"""Tables and figures of runs of `benchmarks/test_step.py`; `benchmarks.report` calls it."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -59,7 +51,7 @@ class Measured(NamedTuple):
 
 def read_cases(run: dict[str, Any]) -> list[Measured]:
     """The cases of a pytest-benchmark file, in its order."""
-    infos = [entry["extra_info"] for entry in run["benchmarks"] if "case" in entry["extra_info"]]
+    infos = [entry["extra_info"] for entry in run["benchmarks"] if "steps" in entry["extra_info"]]
     return [
         Measured(
             case=info["case"],
@@ -72,22 +64,13 @@ def read_cases(run: dict[str, Any]) -> list[Measured]:
     ]
 
 
-def write_report(sources: Sequence[Path], output: Path) -> None:
+def write_step_report(runs: dict[Path, dict[str, Any]], output: Path) -> None:
     """Write the page and its figures into `output`; the runs have to be of one machine."""
-    runs = {source: json.loads(source.read_text()) for source in sources}
-    cases = []
-    for source, run in runs.items():
-        found = read_cases(run)
-        if not found:
-            raise ValueError(
-                f"{source} holds no case of benchmarks/test_step.py; pass its JSON file"
-            )
-        cases += found
+    cases = [case for run in runs.values() for case in read_cases(run)]
     for key in ("device_name", "threads", "versions"):
         values = [run["machine_info"][key] for run in runs.values()]
         if any(value != values[0] for value in values):
             raise ValueError(f"the results differ in {key}: {values}; report them apart")
-    output.mkdir(parents=True, exist_ok=True)
     _draw_mixes(cases, output / "step_mixes.svg")
     _draw_batches(cases, output / "step_batches.svg")
     page = [
@@ -245,17 +228,3 @@ def _finish(figure: Any, path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "fastkto"}):
         figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Tables and figures of the step benchmark.")
-    parser.add_argument(
-        "results", type=Path, nargs="+", help="JSON files that pytest-benchmark wrote"
-    )
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder, default: docs")
-    arguments = parser.parse_args()
-    write_report(arguments.results, arguments.output)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """An optimizer step of fastkto and of TRL 1.16: time, memory and tokens, on the same rows.
 
     python -m pytest benchmarks/test_step.py --benchmark-json RESULTS.json
-    python -m benchmarks.step_report RESULTS.json --output docs
+    python -m benchmarks.report RESULTS.json --output docs
 
 `-k "batch8 and full and model and not checkpointing"` are the three headline cases, a mix each.
 The first step's losses are compared before anything is timed. Each library runs in a process of its
@@ -24,9 +24,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.report import write_report
 from benchmarks.step_cases import CASES, Case
 from benchmarks.step_models import DEVICE
-from benchmarks.step_report import write_report
 from benchmarks.step_run import LIBRARIES, Step, run_steps
 from benchmarks.step_worker import RefusedError, Worker
 

@@ -1,11 +1,16 @@
-"""Inputs for the tests of `linear_logprob`, and the error budget of both operations."""
+"""Inputs for the tests of `linear_logprob`, the error budget of both operations, GPU rounding."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from fastkto.logprob import TokenScores
+from fastkto_kernels import gradients, operands, scan
+from fastkto_kernels.operands import Operands
 
 # IEEE fp32 products and sums of a few thousand terms; the tests' values are of order 1 to 100.
 FP32_FLOOR = 2e-6
@@ -88,3 +93,23 @@ def run(
     upstream = torch.linspace(-2, 1, scores.logprob.numel(), device=scores.logprob.device)
     scores.logprob.backward(upstream.to(scores.logprob.dtype))
     return scores, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+@contextmanager
+def tiles_of_16_bits() -> Iterator[None]:
+    """The 16-bit tiles of a GPU, with products formed here: shows what rounding costs."""
+
+    def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+        assert left.dtype == right.dtype != torch.float32
+        torch.mm(left.float(), right.float(), out=out)
+
+    def multiply_add(total: Tensor, left: Tensor, right: Tensor) -> None:
+        assert left.dtype == right.dtype != torch.float32
+        total.addmm_(left.float(), right.float())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Operands, "matmul_dtype", property(lambda self: self.compute_dtype))
+        for module in (operands, scan, gradients):
+            patch.setattr(module, "multiply", multiply, raising=False)
+            patch.setattr(module, "multiply_add", multiply_add)
+        yield

@@ -1,5 +1,6 @@
 """How near `linear_logprob` comes to fp64 token by token, from flat distributions to p -> 1."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -7,9 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkto import eager, linear_logprob
-from fastkto_kernels import gradients, operands, scan
-from fastkto_kernels.operands import Operands
-from tests.precision import rounding_ratios
+from tests.precision import rounding_ratios, tiles_of_16_bits
 
 Place = tuple[str, str]
 HALF_DTYPES = [torch.bfloat16, torch.float16]
@@ -120,22 +119,9 @@ def test_fp32_error_is_that_of_fp32_logits(place: Place, name: str) -> None:
 
 
 @pytest.fixture
-def gpu_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The 16-bit tiles of a GPU, with products formed here: shows what rounding costs."""
-
-    def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-        assert left.dtype == right.dtype != torch.float32
-        torch.mm(left.float(), right.float(), out=out)
-
-    def multiply_add(total: Tensor, left: Tensor, right: Tensor) -> None:
-        assert left.dtype == right.dtype != torch.float32
-        total.addmm_(left.float(), right.float())
-
-    compute_dtype = property(lambda operands: operands.compute_dtype)
-    monkeypatch.setattr(Operands, "matmul_dtype", compute_dtype)
-    for module in (operands, scan, gradients):
-        monkeypatch.setattr(module, "multiply", multiply, raising=False)
-        monkeypatch.setattr(module, "multiply_add", multiply_add)
+def gpu_tiles() -> Iterator[None]:
+    with tiles_of_16_bits():
+        yield
 
 
 @pytest.mark.usefixtures("gpu_tiles")
