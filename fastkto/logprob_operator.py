@@ -17,6 +17,7 @@ from fastkto.backend import choose_backend
 from fastkto_kernels.gradients import logits_gradients
 from fastkto_kernels.operands import Operands
 from fastkto_kernels.scan import Scan, scan_logits
+from fastkto_kernels.scan_table import blocks_for
 from fastkto_kernels.tiles import LogitTransform, Steps, spans
 
 ROWS_AT_ONCE = 2048  # of an elementwise product whose fp32 result is rounded
@@ -53,8 +54,6 @@ def _score(
     rows = _scored_rows(target, chosen)
     # The operands are in the compute dtype already, and autocast would round fp32 operands.
     with torch.autocast(hidden.device.type, enabled=False):
-        state, direction = _scan(
-            operands if rows is None else operands.rows(rows),
         state, direction = _scan(
             operands if rows is None else operands.rows(rows),
             chosen,
@@ -328,12 +327,11 @@ def _scan(
     operands: Operands, backend: str, *, stats: bool, with_direction: bool, memory_bytes: int
 ) -> Scan:
     """One sweep over the vocabulary, in the fused kernel where that was measured to be faster."""
-    if backend == "triton" and not with_direction:
+    blocks = None if with_direction or backend != "triton" else blocks_for(operands)
+    if blocks is not None:
         fused_scan = import_module("fastkto_kernels.fused_scan")
-        blocks = fused_scan.blocks_for(operands)
-        if blocks is not None:
-            state = fused_scan.scan_fused(operands, blocks, stats=stats, memory_bytes=memory_bytes)
-            return Scan(state, direction=None)
+        state = fused_scan.scan_fused(operands, blocks, stats=stats, memory_bytes=memory_bytes)
+        return Scan(state, direction=None)
     return scan_logits(
         operands,
         _steps(backend),

@@ -274,3 +274,29 @@ def test_two_runs_are_equal_to_the_bit(use_table: UseTable) -> None:
     inputs = make_inputs(SHAPE, torch.bfloat16, DEVICE, bias=True)
     first, second = score(inputs), score(inputs)
     assert all(value.equal(other) for value, other in zip(first, second, strict=True))
+
+
+def test_the_search_accepts_what_agrees_with_the_tiles_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fastkto_kernels import fused_scan, search_scan
+
+    operands = search_scan.make_operands(5, 48, 300, torch.float16, torch.device(DEVICE))
+    assert search_scan.disagreement(operands, FIRST) == ""
+    scan = fused_scan.scan_fused
+
+    def scan_badly(operands: Any, blocks: Blocks, *, stats: bool, **options: Any) -> Any:
+        state = scan(operands, blocks, stats=stats, **options)
+        if state.weighted_sum is not None:
+            state.weighted_sum[2] = float("nan")
+        return state
+
+    monkeypatch.setattr(fused_scan, "scan_fused", scan_badly)
+    assert "nan nats" in search_scan.disagreement(operands, FIRST)
+    timings = [
+        search_scan.Timing(None, 2.0, ""),
+        search_scan.Timing(FIRST, float("inf"), "differs"),
+        search_scan.Timing(FIRST._replace(rows=32), 1.0, ""),
+    ]
+    assert search_scan.choose(timings) == timings[2]
+    assert search_scan.choose(timings[:2]) == timings[0]

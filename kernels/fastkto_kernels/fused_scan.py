@@ -16,16 +16,13 @@ from torch import Tensor
 from .compile_case import CompileCase
 from .linear_logprob import transform_logits
 from .operands import Operands
-from .scan_table import ALIGNMENT, CANDIDATES, Blocks, find_blocks
+from .scan_table import ALIGNMENT, CANDIDATES, Blocks
 from .tiles import EXP_FLOOR, LOWEST_LOGIT, RowState, spans
 
 # Programs that share the rows of a block: enough to fill a GPU when there are few tokens.
 NUM_SHARES = 8
 # Five results of each share, and as much again while they are joined.
 BYTES_PER_ROW = 2 * 5 * 4 * NUM_SHARES
-# Offsets inside a block of up to 256 rows are int32.
-MAX_STRIDE = 2**23
-_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
 @triton.jit
@@ -130,26 +127,6 @@ def _scan_kernel(
 _UPCAST = not isinstance(_scan_kernel, triton.JITFunction)
 
 
-def blocks_for(operands: Operands) -> Blocks | None:
-    """The configuration that the tables give for these operands; None: tiles have to do it.
-
-    The kernel takes bf16 and fp16 products (IEEE fp32 ones find no tensor cores), no low-rank
-    addition, and a weight in the dtype of the products or in fp32 that is read 16 bytes at a time.
-    """
-    weight, dtype = operands.weight, operands.compute_dtype
-    vocab_size, hidden_size = weight.shape
-    is_supported = (
-        dtype in _POINTERS
-        and operands.extra_hidden is None
-        and weight.dtype in (dtype, torch.float32)
-        and weight.stride(1) == 1
-        and hidden_size % ALIGNMENT == weight.stride(0) % ALIGNMENT == 0
-        and weight.stride(0) < MAX_STRIDE
-        and weight.data_ptr() % 16 == 0
-    )
-    return find_blocks(weight.device, hidden_size, vocab_size, dtype) if is_supported else None
-
-
 def scan_fused(operands: Operands, blocks: Blocks, *, stats: bool, memory_bytes: int) -> RowState:
     """The state of all N rows after all V logits: one matmul's worth of work.
 
@@ -171,9 +148,8 @@ def _padded_bias(operands: Operands, blocks: Blocks) -> Tensor:
     """[shares * share_size] fp32, zero where there is none: loads of it need no mask."""
     vocab_size = operands.weight.shape[0]
     share_size = triton.cdiv(vocab_size, NUM_SHARES * blocks.columns) * blocks.columns
-    padded = torch.zeros(
-        NUM_SHARES * share_size, dtype=torch.float32, device=operands.weight.device
-    )
+    device = operands.weight.device
+    padded = torch.zeros(NUM_SHARES * share_size, dtype=torch.float32, device=device)
     bias = operands.bias_rows(0, vocab_size)
     if bias is not None:
         padded[:vocab_size] = bias
@@ -189,9 +165,7 @@ def _scan_rows(
         hidden = hidden.clone()
     num_rows, (vocab_size, hidden_size) = hidden.shape[0], operands.weight.shape
     num_results = 3 if state.weighted_sum is None else 5
-    shares = torch.empty(
-        num_results, NUM_SHARES, num_rows, dtype=torch.float32, device=hidden.device
-    )
+    shares = state.reference.new_empty(num_results, NUM_SHARES, num_rows)
     reference, other_sum, target_logit, *sums = shares
     inner_scale, outer_scale = operands.transform.factors
     _scan_kernel[(triton.cdiv(num_rows, blocks.rows), NUM_SHARES)](
@@ -253,20 +227,12 @@ def compile_cases() -> list[CompileCase]:
     always |= dict.fromkeys(sizes, "i32") | {"inner_scale": "fp32", "outer_scale": "fp32"}
     sums = ("weighted_sum_ptr", "logit_sum_ptr")
     cases = []
-    forms = product(CANDIDATES.items(), _POINTERS.values(), (False, True), (False, True), (0, 1))
+    forms = product(CANDIDATES.items(), ("*fp16", "*bf16"), (False, True), (False, True), (0, 1))
     for (blocks, targets), hidden, has_fp32_weight, has_softcap, stats in forms:
         operands = {"hidden_ptr": hidden, "weight_ptr": "*fp32" if has_fp32_weight else hidden}
         signature = operands | always | (dict.fromkeys(sums, "*fp32") if stats else {})
         constexprs = _constants(blocks) | {"HAS_SOFTCAP": has_softcap}
         constexprs |= {} if stats else dict.fromkeys(sums, None)
-        cases.append(
-            CompileCase(
-                _scan_kernel,
-                signature,
-                constexprs,
-                blocks.num_warps,
-                blocks.num_stages,
-                targets,
-            )
-        )
+        form = (blocks.num_warps, blocks.num_stages, targets)
+        cases.append(CompileCase(_scan_kernel, signature, constexprs, *form))
     return cases

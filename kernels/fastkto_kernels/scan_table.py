@@ -13,9 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .operands import Operands
+
 SHIPPED_TABLE = Path(__file__).with_name("scan_table.json")
 # Elements that the hidden size and the stride of the weight's rows are multiples of.
 ALIGNMENT = 16
+# Offsets inside a block of up to 256 rows are int32.
+MAX_STRIDE = 2**23
 NVIDIA = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
@@ -32,8 +36,8 @@ class Blocks(NamedTuple):
 # Configuration -> the GPUs for which it compiles without spills, within their shared memory.
 CANDIDATES: dict[Blocks, tuple[str, ...]] = {
     Blocks(rows=64, columns=128, depth=64, num_warps=8, num_stages=3): NVIDIA,
-    Blocks(rows=128, columns=128, depth=32, num_warps=8, num_stages=3): NVIDIA[:3],
-    Blocks(rows=128, columns=128, depth=32, num_warps=8, num_stages=4): NVIDIA[:3],
+    Blocks(rows=128, columns=128, depth=32, num_warps=8, num_stages=3): ("sm_80", "sm_90"),
+    Blocks(rows=128, columns=128, depth=32, num_warps=8, num_stages=4): ("sm_80", "sm_90"),
 }
 
 
@@ -47,6 +51,26 @@ class Key(NamedTuple):
 
 
 Table = dict[Key, Blocks | None]  # None: tiles are faster
+
+
+def blocks_for(operands: Operands) -> Blocks | None:
+    """The configuration that the tables give for these operands; None: tiles have to do it.
+
+    The kernel takes bf16 and fp16 products (IEEE fp32 ones find no tensor cores), no low-rank
+    addition, and a weight in the dtype of the products or in fp32 that is read 16 bytes at a time.
+    """
+    weight, dtype = operands.weight, operands.compute_dtype
+    vocab_size, hidden_size = weight.shape
+    is_supported = (
+        dtype in (torch.float16, torch.bfloat16)
+        and operands.extra_hidden is None
+        and weight.dtype in (dtype, torch.float32)
+        and weight.stride(1) == 1
+        and hidden_size % ALIGNMENT == weight.stride(0) % ALIGNMENT == 0
+        and weight.stride(0) < MAX_STRIDE
+        and weight.data_ptr() % 16 == 0
+    )
+    return find_blocks(weight.device, hidden_size, vocab_size, dtype) if is_supported else None
 
 
 def find_blocks(

@@ -130,7 +130,8 @@ def disagreement(operands: Operands, blocks: Blocks) -> str:
                 _comparable(scan_tiles(case, stats=stats), vocab_size),
                 strict=True,
             )
-            error = max((ours - tiles).abs().max().item() for ours, tiles in pairs)
+            # max() of PyTorch and not Python's, which may pass a NaN by
+            error = torch.stack([(ours - tiles).abs().max() for ours, tiles in pairs]).max().item()
             if not error <= TOLERANCE:
                 return f"differs by {error:.1e} nats: weight {weight.dtype}, {softcap=}, {stats=}"
     return ""
