@@ -16,7 +16,8 @@ from torch.nn.functional import logsigmoid
 from fastkto.backend import choose_backend
 from fastkto_kernels.gradients import logits_gradients
 from fastkto_kernels.operands import Operands
-from fastkto_kernels.scan import scan_logits
+from fastkto_kernels.scan import Scan, scan_logits
+from fastkto_kernels.scan_table import blocks_for
 from fastkto_kernels.tiles import LogitTransform, Steps, spans
 
 ROWS_AT_ONCE = 2048  # of an elementwise product whose fp32 result is rounded
@@ -53,9 +54,9 @@ def _score(
     rows = _scored_rows(target, chosen)
     # The operands are in the compute dtype already, and autocast would round fp32 operands.
     with torch.autocast(hidden.device.type, enabled=False):
-        state, direction = scan_logits(
+        state, direction = _scan(
             operands if rows is None else operands.rows(rows),
-            _steps(chosen),
+            chosen,
             stats=stats,
             with_direction=with_direction,
             memory_bytes=memory_bytes,
@@ -320,6 +321,24 @@ def _steps(backend: str) -> Steps:
     name = "linear_logprob" if backend == "triton" else "linear_logprob_torch"
     module: ModuleType = import_module(f"fastkto_kernels.{name}")
     return cast(Steps, module)
+
+
+def _scan(
+    operands: Operands, backend: str, *, stats: bool, with_direction: bool, memory_bytes: int
+) -> Scan:
+    """One sweep over the vocabulary, in the fused kernel where that was measured to be faster."""
+    blocks = None if with_direction or backend != "triton" else blocks_for(operands)
+    if blocks is not None:
+        fused_scan = import_module("fastkto_kernels.fused_scan")
+        state = fused_scan.scan_fused(operands, blocks, stats=stats, memory_bytes=memory_bytes)
+        return Scan(state, direction=None)
+    return scan_logits(
+        operands,
+        _steps(backend),
+        stats=stats,
+        with_direction=with_direction,
+        memory_bytes=memory_bytes,
+    )
 
 
 def _entropy(log_odds: Tensor, other_sum: Tensor, weighted_sum: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ import torch
 
 from fastkto import kto_loss, linear_logprob
 from fastkto.loss import sum_completions
+from fastkto_kernels.operands import Operands
+from fastkto_kernels.scan_table import CANDIDATES
+from fastkto_kernels.tiles import LogitTransform
 from tests.conftest import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -68,8 +71,16 @@ def test_our_kernels_pass() -> None:
     result = run_gate("--targets", "sm_90")
     assert result.returncode == 0, result.stdout + result.stderr
     listed = {line.split()[0] for line in result.stdout.splitlines()}
-    assert {"_fold_kernel", "_gradient_kernel", "_sum_kernel", "_expand_kernel"} <= listed
-    assert "_load_logits" not in listed  # called by kernels, launched by nobody
+    assert {
+        "_fold_kernel",
+        "_gradient_kernel",
+        "_scan_kernel",
+        "_sum_kernel",
+        "_expand_kernel",
+    } <= listed
+    assert (
+        not {"_load_logits", "transform_logits"} & listed
+    )  # called by kernels, launched by nobody
 
 
 @pytest.mark.parametrize(
@@ -117,7 +128,7 @@ def test_the_stated_forms_are_those_that_are_launched(monkeypatch: pytest.Monkey
     """Compile-time values and absent pointers of every launch, over all options."""
     modules = [
         importlib.import_module(f"fastkto_kernels.{name}")
-        for name in ("linear_logprob", "kto_loss")
+        for name in ("linear_logprob", "kto_loss", "fused_scan")
     ]
     cases = [case for module in modules for case in module.compile_cases()]
     stated = {_form(case.kernel, case.constexprs) for case in cases}
@@ -163,6 +174,7 @@ def _launch_everything() -> None:
             softcap=softcap,
             stats=stats,
             backend="triton",
+            head_memory_mib=1e-5,  # several tiles
         ).logprob
         kto_loss(
             logprob,
@@ -173,3 +185,14 @@ def _launch_everything() -> None:
             backend="triton",
         ).loss.backward()
     sum_completions(torch.zeros(2), torch.tensor([0, 2]), backend="triton")
+    _launch_fused_scans()
+
+
+def _launch_fused_scans() -> None:
+    from fastkto_kernels.fused_scan import scan_fused
+
+    hidden, weight, target = torch.ones(1, 16), torch.ones(1, 16), torch.tensor([0])
+    for blocks, softcap, stats in product(CANDIDATES, (None, 2.0), (False, True)):
+        transform = LogitTransform(scale=1.0, softcap=softcap, temperature=1.0)
+        operands = Operands(hidden, weight, None, None, None, target, torch.bfloat16, transform)
+        scan_fused(operands, blocks, stats=stats, memory_bytes=1)

@@ -14,6 +14,8 @@ class CompileCase(NamedTuple):
     signature: dict[str, str]  # run-time parameter -> Triton type, such as "*fp32" or "i32"
     constexprs: dict[str, Any]  # compile-time parameter -> value; None for an absent pointer
     num_warps: int
+    num_stages: int = 3  # of a loop with tl.dot
+    targets: tuple[str, ...] | None = None  # names of the GPUs it is for; None: all
 
     @property
     def label(self) -> str:

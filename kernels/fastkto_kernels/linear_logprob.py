@@ -22,22 +22,29 @@ NUM_WARPS = 8
 
 
 @triton.jit
-def _load_logits(
-    tile_row_ptr, bias_ptr, offs_v, mask_v, inner_scale, outer_scale, HAS_SOFTCAP: tl.constexpr
-):
-    """(logits, slope of the softcap) of one block, fp32; slope is 1 without a softcap."""
-    logits = tl.load(tile_row_ptr + offs_v, mask=mask_v, other=0.0)
-    if bias_ptr is not None:
-        logits += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0)
+def transform_logits(logits, inner_scale, outer_scale, HAS_SOFTCAP: tl.constexpr):
+    """(logits, slope of the softcap) from raw logits with their bias; slope 1 without a softcap."""
     logits *= inner_scale
     slope = tl.full(logits.shape, 1.0, tl.float32)
     if HAS_SOFTCAP:
         # From exp(-2|x|): 1 - tanh^2 would lose the small slopes to cancellation.
         decay = tl.exp(-2.0 * tl.abs(logits))
-        size = (1.0 - decay) / (1.0 + decay)
-        slope = 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+        inverse = 1.0 / (1.0 + decay)
+        size = (1.0 - decay) * inverse
+        slope = 4.0 * decay * inverse * inverse
         logits = outer_scale * tl.where(logits < 0, -size, size)
     return logits, slope
+
+
+@triton.jit
+def _load_logits(
+    tile_row_ptr, bias_ptr, offs_v, mask_v, inner_scale, outer_scale, HAS_SOFTCAP: tl.constexpr
+):
+    """(logits, slope of the softcap) of one block of a row, fp32."""
+    logits = tl.load(tile_row_ptr + offs_v, mask=mask_v, other=0.0)
+    if bias_ptr is not None:
+        logits += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0)
+    return transform_logits(logits, inner_scale, outer_scale, HAS_SOFTCAP)
 
 
 @triton.jit
