@@ -14,10 +14,12 @@ class CompileCase(NamedTuple):
     signature: dict[str, str]  # run-time parameter -> Triton type, such as "*fp32" or "i32"
     constexprs: dict[str, Any]  # compile-time parameter -> value; None for an absent pointer
     num_warps: int
+    num_stages: int = 3  # of the loops that Triton pipelines
+    targets: tuple[str, ...] | None = None  # the gate's targets it is meant for; None: all
 
     @property
     def label(self) -> str:
         """Kernel and compile-time values, for tables and messages."""
         values = ", ".join(f"{name}={value}" for name, value in self.constexprs.items())
         types = sorted({kind for kind in self.signature.values() if kind.startswith("*")})
-        return f"{self.kernel.__name__}({values}; {' '.join(types)})"
+        return f"{self.kernel.__name__}({values}; {' '.join(types)}; stages={self.num_stages})"
