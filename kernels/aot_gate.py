@@ -1,10 +1,11 @@
 """Ahead-of-time gate: compiles every kernel for every GPU that is supported, on a machine without.
 
-    python kernels/aot_gate.py [--targets sm_90,gfx942] [--package fastkto_kernels]
+    python kernels/aot_gate.py [--targets sm_90,gfx942] [--package fastkto_kernels] [--markdown]
 
 Kernels are found in the source: each function under @triton.jit is either called by another one or
 must occur in its module's `compile_cases()`. Each form is compiled with and without the alignment
-that Triton learns from the arguments, and must fit the chip's shared memory and spill no register.
+that Triton learns from the arguments, and must fit the chip's shared memory, spill no register and
+multiply 16-bit matrices, if it does, with a matrix instruction. A table lists what each takes.
 Exit status 1 if anything fails. Needs Triton, no GPU, and its own process without TRITON_INTERPRET,
 since the interpreter replaces the compiler for the whole process.
 """
@@ -14,47 +15,18 @@ import ast
 import importlib
 import importlib.util
 import os
-import re
-import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
-KIB = 1024
+from aot_compile import TARGETS, Resources, Target, compile_case
+
 # (kernel, target) -> why its spills are accepted.
 ACCEPTED_SPILLS: dict[tuple[str, str], str] = {}
-
-
-class Target(NamedTuple):
-    """A GPU to compile for, and the most shared memory that one program may have there."""
-
-    name: str
-    backend: str
-    arch: int | str
-    warp_size: int
-    shared_limit: int  # bytes
-
-
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the LDS of gfx9.
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("sm_80", "cuda", 80, 32, 163 * KIB),
-        Target("sm_90", "cuda", 90, 32, 227 * KIB),
-        Target("sm_100", "cuda", 100, 32, 227 * KIB),
-        Target("gfx942", "hip", "gfx942", 64, 64 * KIB),
-    )
-}
-
-
-class Resources(NamedTuple):
-    """What one compiled kernel takes."""
-
-    registers: int
-    spills: int  # NVIDIA: bytes of stack and local memory; AMD: spilled registers
-    shared: int  # bytes
+COLUMNS = ("kernel", "target", "forms", "registers", "shared memory", "spills", "matrix unit")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--package", default="fastkto_kernels")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
@@ -71,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     targets = [TARGETS[name] for name in options.targets.split(",")]
 
     failures: list[str] = []
+    _write_row(COLUMNS, options.markdown)
+    if options.markdown:
+        _write("|" + "---|" * len(COLUMNS))
     for module in kernel_modules(options.package):
         kernels = find_kernels(Path(str(module.__file__)))
         cases = module.compile_cases() if hasattr(module, "compile_cases") else []
@@ -78,9 +54,17 @@ def main(arguments: list[str] | None = None) -> int:
         failures += [
             f"{module.__name__}.{name}: no form in compile_cases()" for name in kernels - stated
         ]
-        for target in targets:
-            for name in sorted(stated):
-                failures += _check_kernel([c for c in cases if c.kernel.__name__ == name], target)
+        failures += [
+            f"{case.label}: unknown target {name}"
+            for case in cases
+            for name in case.targets or ()
+            if name not in TARGETS
+        ]
+        for target, name in product(targets, sorted(stated)):
+            found, resources = check_kernel([c for c in cases if c.kernel.__name__ == name], target)
+            failures += found
+            if resources:
+                _write_row(_table_row(name, target, resources), options.markdown)
     for failure in failures:
         _write(f"FAILED {failure}")
     return 1 if failures else 0
@@ -121,93 +105,47 @@ def _jit_functions(path: Path) -> list[ast.FunctionDef]:
     ]
 
 
-def _check_kernel(cases: list[Any], target: Target) -> list[str]:
-    """Compile all forms of one kernel for one target; prints a line, returns what failed."""
+def check_kernel(cases: list[Any], target: Target) -> tuple[list[str], list[Resources]]:
+    """Compile the forms of one kernel meant for one target: what failed, and what each takes."""
     name = cases[0].kernel.__name__
     failures: list[str] = []
     results: list[Resources] = []
-    for case in cases:
-        for aligned in (True, False):
-            where = f"{case.label}, {'aligned' if aligned else 'unaligned'}, {target.name}"
-            try:
-                resources = compile_case(case, target, aligned=aligned)
-            # Whatever the compiler raises is a finding, and other kernels are still of interest.
-            except Exception as error:
-                failures.append(f"{where}: {type(error).__name__}: {str(error)[:300]}")
-                continue
-            results.append(resources)
-            if resources.shared > target.shared_limit:
-                failures.append(
-                    f"{where}: {resources.shared} bytes of shared memory, limit "
-                    f"{target.shared_limit}"
-                )
-            if resources.spills and (name, target.name) not in ACCEPTED_SPILLS:
-                failures.append(f"{where}: spills {resources.spills}")
-    if results:
-        worst = Resources(*(max(column) for column in zip(*results, strict=True)))
-        _write(
-            f"{name:20} {target.name:7} {len(results):3} compiled   registers {worst.registers:3}"
-            f"   spills {worst.spills}   shared {worst.shared:6}"
-            f"{ACCEPTED_SPILLS.get((name, target.name), '') and '   (spills accepted)'}"
-        )
-    return failures
+    meant = [case for case in cases if case.targets is None or target.name in case.targets]
+    for case, aligned in product(meant, (True, False)):
+        where = f"{case.label}, {'aligned' if aligned else 'unaligned'}, {target.name}"
+        try:
+            resources = compile_case(case, target, aligned=aligned)
+        # Whatever the compiler raises is a finding, and other kernels are still of interest.
+        except Exception as error:
+            failures.append(f"{where}: {type(error).__name__}: {str(error)[:300]}")
+            continue
+        results.append(resources)
+        if resources.shared > target.shared_limit:
+            failures.append(
+                f"{where}: {resources.shared} bytes of shared memory, limit {target.shared_limit}"
+            )
+        if resources.spills and (name, target.name) not in ACCEPTED_SPILLS:
+            failures.append(f"{where}: spills {resources.spills}")
+        if resources.multiplies_16_bit and not resources.tensor_core:
+            failures.append(f"{where}: a 16-bit tl.dot without a matrix instruction")
+    return failures, results
 
 
-def compile_case(case: Any, target: Target, *, aligned: bool) -> Resources:
-    """Compile one form of a kernel; aligned: pointers and integers are multiples of 16."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = case.kernel.arg_names
-    types = case.signature | dict.fromkeys(case.constexprs, "constexpr")
-    missing = set(names) ^ set(types)
-    if missing:
-        raise ValueError(f"parameters and compile_cases() differ in {', '.join(sorted(missing))}")
-    multiples = [name for name, kind in case.signature.items() if kind[0] in "*i" and aligned]
-    source = ASTSource(
-        fn=case.kernel,
-        signature={name: types[name] for name in names},
-        constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in multiples},
-    )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget(target.backend, target.arch, target.warp_size),
-        options={"num_warps": case.num_warps, "enable_fp_fusion": True},
-    )
-    read = _nvidia_resources if target.backend == "cuda" else _amd_resources
-    registers, spills = read(compiled)
-    return Resources(registers, spills, compiled.metadata.shared)
+def _table_row(name: str, target: Target, results: list[Resources]) -> list[str]:
+    """The most that any form of a kernel takes, in the order of COLUMNS."""
+    registers, spills, shared = (max(column) for column in list(zip(*results, strict=True))[:3])
+    accepted = " (accepted)" if (name, target.name) in ACCEPTED_SPILLS else ""
+    instructions = ", ".join(sorted({found.tensor_core for found in results} - {""})) or "-"
+    counts = [str(len(results)), str(registers), str(shared), f"{spills}{accepted}"]
+    return [name, target.name, *counts, instructions]
 
 
-def _nvidia_resources(compiled: Any) -> tuple[int, int]:
-    """(registers, bytes of stack and local memory), read from the binary by Triton's cuobjdump."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
-    if match is None:
-        raise ValueError(f"cuobjdump lists no resources: {listing[:200]!r}")
-    registers, stack, local = map(int, match.groups())
-    return registers, stack + local
-
-
-def _amd_resources(compiled: Any) -> tuple[int, int]:
-    """(vector registers, spilled registers), from the metadata in the assembly."""
-
-    def count(field: str) -> int:
-        match = re.search(rf"\.{field}:\s*(\d+)", compiled.asm["amdgcn"])
-        if match is None:
-            raise ValueError(f"the assembly states no {field}")
-        return int(match[1])
-
-    return count("vgpr_count"), count("vgpr_spill_count") + count("sgpr_spill_count")
+def _write_row(cells: Sequence[str], markdown: bool) -> None:
+    if markdown:
+        name, *others = cells
+        _write(f"| {f'`{name}`' if name.startswith('_') else name} | {' | '.join(others)} |")
+    else:
+        _write(f"{cells[0]:20}" + "".join(f"{cell:>15}" for cell in cells[1:]))
 
 
 def _write(line: str) -> None:

@@ -1,6 +1,6 @@
 """The ahead-of-time gate passes for our kernels, and fails for what it is there to catch."""
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -26,14 +26,7 @@ Form = tuple[str, frozenset[tuple[str, Any]]]
 SOURCE = """
 import triton
 import triton.language as tl
-from typing import NamedTuple
-
-class Case(NamedTuple):
-    kernel: object
-    signature: dict
-    constexprs: dict
-    num_warps: int
-    label: str
+from fastkto_kernels.compile_case import CompileCase
 
 @triton.jit
 def _square(x):
@@ -47,8 +40,29 @@ def _kernel(x_ptr, BLOCK: tl.constexpr):
 """
 STATED = """
 def compile_cases():
-    return [Case(_kernel, {"x_ptr": "*fp32"}, {"BLOCK": BLOCK}, 1, "_kernel")]
+    return [CompileCase(_kernel, {"x_ptr": "*fp32"}, {"BLOCK": BLOCK}, 1)]
 """
+MATRIX_SOURCE = """
+import triton
+import triton.language as tl
+from fastkto_kernels.compile_case import CompileCase
+
+@triton.jit
+def _kernel(x_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs[:, None] * BLOCK + offs[None, :])
+    product = tl.dot(x, x, input_precision="ieee").to(x.dtype)
+    tl.store(x_ptr + offs[:, None] * BLOCK + offs[None, :], product)
+
+def compile_cases():
+    return [CompileCase(_kernel, {"x_ptr": "{pointer}"}, {"BLOCK": {block}}, 4)]
+"""
+LOOP = """product = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for step in range(1, 16):
+        y = tl.load(x_ptr + (offs[:, None] + step * BLOCK) * BLOCK + offs[None, :])
+        product = tl.dot(y, y, product)
+    product = tl.dot(x, x, product, """
+NO_MATRIX_UNIT = "a 16-bit tl.dot without a matrix instruction"
 
 
 def run_gate(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -60,11 +74,11 @@ def run_gate(*arguments: str, path: Path | None = None) -> subprocess.CompletedP
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-def write_package(folder: Path, expression: str, stated: str) -> None:
+def write_package(folder: Path, source: str) -> None:
     package = folder / "probe_kernels"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "probe.py").write_text(SOURCE.replace("{expression}", expression) + stated)
+    (package / "probe.py").write_text(source)
 
 
 def test_our_kernels_pass() -> None:
@@ -91,15 +105,58 @@ def test_our_kernels_pass() -> None:
         ("_square(x)", STATED.replace("BLOCK}", "33}"), "power of 2"),
         ("x / tl.sum(x, 0)", STATED.replace("BLOCK}", "8192}"), "spills"),
         ("_square(x)", STATED.replace('{"BLOCK": BLOCK}', "{}"), "differ in BLOCK"),
+        ("_square(x)", STATED.replace("BLOCK}, 1", '33}, 1, targets=("sm_90",)'), None),
+        ("_square(x)", STATED.replace("BLOCK}, 1", '32}, 1, targets=("sm_9",)'), "target sm_9"),
     ],
-    ids=["good", "unstated", "does not compile", "spills", "signature"],
+    ids=["good", "unstated", "not compiled", "spills", "signature", "elsewhere", "unknown target"],
 )
 def test_the_gate_finds(tmp_path: Path, expression: str, stated: str, finding: str | None) -> None:
-    write_package(tmp_path, expression, stated)
+    write_package(tmp_path, SOURCE.replace("{expression}", expression) + stated)
     result = run_gate("--package", "probe_kernels", "--targets", "sm_80", path=tmp_path)
     assert result.returncode == (0 if finding is None else 1), result.stdout + result.stderr
     assert finding is None or finding in result.stdout
     assert finding is not None or "FAILED" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "pointer", "block", "instruction"),
+    [
+        ("sm_80", "*bf16", 16, "mma.sync"),
+        ("sm_90", "*fp16", 64, "wgmma"),
+        ("sm_100", "*bf16", 128, "tcgen05.mma"),
+        ("sm_120", "*bf16", 16, "mma.sync"),
+        ("gfx942", "*bf16", 16, "v_mfma"),
+        ("gfx942", "*fp16", 8, None),  # too small for the matrix unit: multiplied without
+        ("gfx942", "*bf16", 8, None),
+        ("sm_80", "*fp32", 16, "-"),  # asked for full precision, which no matrix unit has
+    ],
+)
+def test_the_gate_finds_dots_without_matrix_unit(
+    tmp_path: Path, target: str, pointer: str, block: int, instruction: str | None
+) -> None:
+    source = MATRIX_SOURCE.replace("{pointer}", pointer).replace("{block}", str(block))
+    write_package(tmp_path, source)
+    arguments = ("--package", "probe_kernels", "--targets", target, "--markdown")
+    result = run_gate(*arguments, path=tmp_path)
+    assert result.returncode == (1 if instruction is None else 0), result.stdout + result.stderr
+    assert (NO_MATRIX_UNIT in result.stdout) == (instruction is None)
+    header, rule, row = result.stdout.splitlines()[:3]
+    assert header.count("|") == rule.count("|") == row.count("|") == 8
+    assert row.startswith(f"| `_kernel` | {target} | 2 |")
+    assert row.endswith(f"| {instruction or '-'} |")
+
+
+def test_the_gate_compiles_with_the_stages_of_the_case(tmp_path: Path) -> None:
+    """Each stage of a pipelined loop takes shared memory: too many do not fit."""
+    loop = MATRIX_SOURCE.replace("product = tl.dot(x, x, ", LOOP)
+    for stages, code in ((2, 0), (8, 1)):
+        folder = tmp_path / str(stages)
+        folder.mkdir()
+        source = loop.replace("{pointer}", "*bf16").replace("{block}}, 4", f"128}}, 8, {stages}")
+        write_package(folder, source)
+        result = run_gate("--package", "probe_kernels", "--targets", "sm_80", path=folder)
+        assert result.returncode == code, result.stdout + result.stderr
+        assert ("bytes of shared memory, limit" in result.stdout) == (code == 1)
 
 
 def test_the_gate_refuses_a_package_without_kernels(tmp_path: Path) -> None:
@@ -110,15 +167,13 @@ def test_the_gate_refuses_a_package_without_kernels(tmp_path: Path) -> None:
 
 
 def test_the_gate_finds_too_much_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("aot_gate", ROOT / "kernels" / "aot_gate.py")
-    assert spec is not None and spec.loader is not None
-    gate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gate)
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    gate = importlib.import_module("aot_gate")
     case = importlib.import_module("fastkto_kernels.kto_loss").compile_cases()[0]
     for shared, num_findings in ((64 * 1024, 0), (64 * 1024 + 1, 2)):
         resources = gate.Resources(registers=40, spills=0, shared=shared)
         monkeypatch.setattr(gate, "compile_case", lambda *_, found=resources, **__: found)
-        findings = gate._check_kernel([case], gate.TARGETS["gfx942"])
+        findings, _ = gate.check_kernel([case], gate.TARGETS["gfx942"])
         assert len(findings) == num_findings
         assert all("65537 bytes of shared memory, limit 65536" in finding for finding in findings)
 

@@ -22,4 +22,4 @@ class CompileCase(NamedTuple):
         """Kernel and compile-time values, for tables and messages."""
         values = ", ".join(f"{name}={value}" for name, value in self.constexprs.items())
         types = sorted({kind for kind in self.signature.values() if kind.startswith("*")})
-        return f"{self.kernel.__name__}({values}; {' '.join(types)})"
+        return f"{self.kernel.__name__}({values}; {' '.join(types)}; stages={self.num_stages})"
