@@ -20,8 +20,11 @@ class HeadLora(NamedTuple):
 
 
 def is_lora(module: Any) -> bool:
-    """Whether it is peft's LoRA layer of a plain linear layer; all others are other classes."""
-    return type(module) is LoraLinear
+    """Whether it computes as peft's LoRA layer of a linear layer; FSDP2 makes a class of its own.
+
+    Other tuners, and LoRA on quantised layers, are other classes.
+    """
+    return isinstance(module, LoraLinear) and type(module).forward is LoraLinear.forward
 
 
 def unreadable_adapter(module: Any) -> str | None:

@@ -1,18 +1,17 @@
 """`linear_logprob` in tiles of any shape, within its memory, under checkpointing and compile."""
 
 import os
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastkto import eager, linear_logprob
 from fastkto_kernels.tiles import tile_shape
+from tests.largest_tensor import LargestTensor
 from tests.precision import TRANSFORMS, assert_within_budget, make_inputs, run
 
 
@@ -32,27 +31,10 @@ def test_works_under_activation_checkpointing_and_compile() -> None:
         assert all(map(torch.equal, gradients, expected))
 
 
-class _LargestTensor(TorchDispatchMode):
-    """Records the size in bytes of the largest tensor that any operator returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_bytes = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor):
-                self.num_bytes = max(self.num_bytes, value.numel() * value.element_size())
-        return result
-
-
 def test_tiles_stay_within_the_budget_whatever_n_is() -> None:
     inputs = make_inputs((3000, 4, 1000), torch.float32, "cpu")
     inputs["weight"].requires_grad_(False)
-    with _LargestTensor() as largest:
+    with LargestTensor() as largest:
         run(linear_logprob, inputs, head_memory_mib=0.25)
     assert 2**16 < largest.num_bytes <= 2**18
 
