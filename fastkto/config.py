@@ -7,11 +7,12 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from fastkto.data.pairing import KL_PAIRINGS
+from fastkto.logprob import DEFAULT_HEAD_MEMORY_MIB
 from fastkto.loss import LOSS_TYPES
 from fastkto.window import KL_SCOPES
 
 # Most tokens in a pass, unless another number is given or found.
-DEFAULT_TOKENS = 8192
+DEFAULT_TOKENS = 4096
 _CHOICES = ("loss_type", "kl_scope", "kl_pairing", "head", "backend", "train_sampling_strategy")
 
 
@@ -174,7 +175,8 @@ class KTOConfig(TrainingArguments):
         },
     )
     head_memory_mib: int = field(
-        default=256, metadata={"help": "Scratch memory for tiles of logits, in MiB."}
+        default=DEFAULT_HEAD_MEMORY_MIB,
+        metadata={"help": "Scratch memory for tiles of logits, in MiB."},
     )
 
     def __post_init__(self) -> None:

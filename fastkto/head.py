@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 
 from fastkto.head_family import read_head
 from fastkto.head_scores import own_logits, score_by_logits, score_by_weight
+from fastkto.logprob import DEFAULT_HEAD_MEMORY_MIB
 
 _STATE = "_fastkto_scoring"
 
@@ -64,7 +65,7 @@ def attach_scoring(
     *,
     head: str = "auto",
     backend: str = "auto",
-    head_memory_mib: float = 256,
+    head_memory_mib: float = DEFAULT_HEAD_MEMORY_MIB,
 ) -> None:
     """Let `model`'s forward return the scores of chosen tokens; `detach_scoring` undoes it.
 

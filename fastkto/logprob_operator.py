@@ -49,12 +49,13 @@ def _score(
     operands = Operands(
         hidden, weight, bias, extra_hidden, extra_weight, target, compute_dtype, transform
     )
-    rows = _scored_rows(target)
+    chosen = choose_backend(backend, hidden.device).name
+    rows = _scored_rows(target, chosen)
     # The operands are in the compute dtype already, and autocast would round fp32 operands.
     with torch.autocast(hidden.device.type, enabled=False):
         state, direction = scan_logits(
             operands if rows is None else operands.rows(rows),
-            _steps(backend, hidden.device),
+            _steps(chosen),
             stats=stats,
             with_direction=with_direction,
             memory_bytes=memory_bytes,
@@ -134,14 +135,15 @@ def _differentiate(
     operands = Operands(
         hidden, weight, bias, extra_hidden, extra_weight, target, compute_dtype, transform
     )
-    rows, num_tokens = _scored_rows(target), target.shape[0]
+    chosen = choose_backend(backend, hidden.device).name
+    rows, num_tokens = _scored_rows(target, chosen), target.shape[0]
     if rows is not None:
         operands = operands.rows(rows)
         row_gradient, reference, other_sum = row_gradient[rows], reference[rows], other_sum[rows]
     with torch.autocast(hidden.device.type, enabled=False):
         gradients = logits_gradients(
             operands,
-            _steps(backend, hidden.device),
+            _steps(chosen),
             reference,
             other_sum,
             row_gradient,
@@ -261,7 +263,7 @@ def _scale_rows(direction: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor
     """direction * factor of each row, [N, D] in `dtype`; fp32 exists for some rows at a time."""
     result = torch.empty_like(direction, dtype=dtype)
     for start, end in spans(direction.shape[0], ROWS_AT_ONCE):
-        result[start:end] = direction[start:end] * factor[start:end, None]
+        torch.mul(direction[start:end], factor[start:end, None], out=result[start:end])
     return result
 
 
@@ -298,9 +300,9 @@ def _check_target(target: Tensor, ignore_index: int, vocab_size: int) -> None:
         )
 
 
-def _scored_rows(target: Tensor) -> Tensor | None:
-    """Index of the tokens that are not ignored, on the CPU; None if that is all of them."""
-    if target.device.type != "cpu":
+def _scored_rows(target: Tensor, backend: str) -> Tensor | None:
+    """Index of the tokens to compute, where some are left out."""
+    if target.device.type != "cpu" or backend != "torch":
         return None
     is_ignored = target < 0
     return (~is_ignored).nonzero()[:, 0] if bool(is_ignored.any()) else None
@@ -313,10 +315,9 @@ def _spread(value: Tensor | None, rows: Tensor, num_tokens: int) -> Tensor | Non
     return value.new_zeros(num_tokens, *value.shape[1:]).index_copy_(0, rows, value)
 
 
-def _steps(backend: str, device: torch.device) -> Steps:
+def _steps(backend: str) -> Steps:
     """The module with the backend's tile steps; Triton is imported only when it is used."""
-    chosen = choose_backend(backend, device).name
-    name = "linear_logprob" if chosen == "triton" else "linear_logprob_torch"
+    name = "linear_logprob" if backend == "triton" else "linear_logprob_torch"
     module: ModuleType = import_module(f"fastkto_kernels.{name}")
     return cast(Steps, module)
 

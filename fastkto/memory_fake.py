@@ -22,12 +22,6 @@ from fastkto.logprob_operator import IMPLEMENTATIONS
 from fastkto_kernels import gradients, scan
 
 _ATTENTION = "fastkto_memory"
-# Below autograd, inside an operator, the last two are not taken apart.
-_READS = (
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.item.default,
-    torch.ops.aten.is_nonzero.default,
-)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -47,8 +41,10 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func in _READS:
+        if func is torch.ops.aten._local_scalar_dense.default:
             return self._number
+        if func is torch.ops.aten.is_nonzero.default:  # of a tensor inside an operator
+            return bool(self._number)
         if func is torch.ops.aten._grouped_mm.default:
             result = _empty_grouped_mm(*args[:3])
         elif func in IMPLEMENTATIONS:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from fastkto.attention import own_attention
 from fastkto.head_family import read_head
 from fastkto.head_scores import own_logits, score_by_logits, score_by_weight
+from fastkto.logprob import DEFAULT_HEAD_MEMORY_MIB
 from fastkto.memory_fake import (
     ActivationsNowhere,
     LiveBytes,
@@ -69,7 +70,7 @@ class ProbeSettings:
 
     autocast: torch.dtype | None = None
     head: str = "auto"
-    head_memory_mib: float = 256
+    head_memory_mib: float = DEFAULT_HEAD_MEMORY_MIB
     router_loss: bool = False
     activation_offloading: bool = False
     checkpointing_kwargs: dict[str, Any] = field(default_factory=lambda: {"use_reentrant": False})

@@ -81,7 +81,7 @@ def run(
         leaves["hidden"],
         leaves["weight"],
         inputs["target"],
-        bias=leaves.get("bias"),
+        **{name: leaves.get(name) for name in ("bias", "extra_hidden", "extra_weight")},
         stats=True,
         **options,
     )

@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 from fastkto import KTOConfig, activation_offloading
 from fastkto.activation_offloading import ActivationsOnHost, is_activation
 from fastkto.memory import MemoryEstimator
-from tests.memory_truth import LENGTH, measured_peak, trainer_of
+from tests.allocations import measured_peak
+from tests.memory_truth import LENGTH, trainer_of
 from tests.models import tiny_model
 
 

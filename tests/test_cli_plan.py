@@ -65,7 +65,7 @@ def test_a_yaml_file_and_flags_are_those_of_train(
     )
     output = planned(capsys, "--config", str(path), "--memory", "8GB", "--max-length=2048")
     assert "optimizer  sgd" in output and "bfloat16 weights" in output
-    assert "8,192 tokens, gradient checkpointing" in output  # of four sequences
+    assert "4,096 tokens, gradient checkpointing" in output  # of four sequences
 
 
 @pytest.mark.slow

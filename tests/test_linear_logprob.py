@@ -85,18 +85,23 @@ def test_ignored_rows_are_exactly_zero(place: Place) -> None:
         assert (value == 0).all()
 
 
-def test_nothing_that_stands_in_an_ignored_row_matters(place: Place) -> None:
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trainable head"])
+def test_nothing_that_stands_in_an_ignored_row_matters(place: Place, trained: bool) -> None:
     inputs = make_inputs((12, 8, 50), torch.float32, place[0])
     ignored = inputs["target"] == -100
     hidden, weight = inputs["hidden"].detach(), inputs["weight"].detach()
     gradients = []
     for filling in (0.0, float("nan")):
-        leaf = hidden.masked_fill(ignored[:, None], filling).requires_grad_()
-        logprob = linear_logprob(leaf, weight, inputs["target"], backend=place[1]).logprob
-        upstream = torch.ones_like(logprob).masked_fill(ignored, filling)
-        gradients += torch.autograd.grad(logprob, leaf, upstream)
-        assert (logprob[ignored] == 0).all() and (gradients[-1][ignored] == 0).all()
-    assert gradients[0].equal(gradients[1]) and gradients[0].isfinite().all()
+        leaves = [hidden.masked_fill(ignored[:, None], filling).requires_grad_()]
+        leaves += [weight.clone().requires_grad_()] * trained
+        scored = linear_logprob(
+            leaves[0], leaves[-1] if trained else weight, inputs["target"], backend=place[1]
+        )
+        upstream = torch.ones_like(scored.logprob).masked_fill(ignored, filling)
+        gradients.append(torch.autograd.grad(scored.logprob, leaves, upstream))
+        assert (scored.logprob[ignored] == 0).all() and (gradients[-1][0][ignored] == 0).all()
+    for gradient, other in zip(*gradients, strict=True):
+        assert gradient.equal(other) and gradient.isfinite().all()
 
 
 def test_ignore_index_may_be_any_number(place: Place) -> None:
@@ -201,6 +206,37 @@ def test_a_gradient_alone_equals_the_one_among_all(place: Place, asked: str) -> 
     torch.testing.assert_close(gradients[asked], expected[asked], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("asked", [(True, True), (False, True), (True, False)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_low_rank_addition_equals_fp64(
+    place: Place, dtype: torch.dtype, asked: tuple[bool, bool]
+) -> None:
+    """Values and gradients of all inputs, and with a frozen weight of the addition alone."""
+    inputs = make_inputs((13, 24, 301), dtype, place[0], bias=True)
+    generator = torch.Generator().manual_seed(0)
+    for name, num_rows in (("extra_hidden", 13), ("extra_weight", 301)):
+        value = torch.randn(num_rows, 3, generator=generator).to(place[0], dtype)
+        inputs[name] = value.requires_grad_()
+    inputs["hidden"].requires_grad_(asked[0])
+    for name in ("weight", "bias"):
+        inputs[name].requires_grad_(asked[1])
+    assert_equals_truth(inputs, place, softcap=4.0)
+
+
+@pytest.mark.parametrize("low", ["hidden", "weight", "bias"])
+def test_inputs_of_different_dtypes_are_multiplied_in_fp32(place: Place, low: str) -> None:
+    inputs = make_inputs((13, 24, 301), torch.float32, place[0], bias=True)
+    inputs[low] = inputs[low].detach().bfloat16().requires_grad_()
+    truth, true_gradients = run(eager.linear_logprob, inputs, torch.float64)
+    ours, gradients = run(linear_logprob, inputs, backend=place[1])
+    for value, true_value in zip(ours, truth, strict=True):
+        assert_within_budget(value, true_value, true_value)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == inputs[name].dtype
+        floor = torch.finfo(torch.bfloat16).eps if name == low else FP32_FLOOR
+        assert_within_budget(gradient, true_gradients[name], true_gradients[name], floor=floor)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_computes_in_its_dtype_and_returns_gradients_in_fp32(
     place: Place, dtype: torch.dtype
@@ -254,3 +290,41 @@ def test_two_runs_are_equal_to_the_bit(place: Place) -> None:
     second, second_gradients = run(linear_logprob, inputs, backend=place[1])
     assert first.logprob.equal(second.logprob)
     assert all(first_gradients[name].equal(second_gradients[name]) for name in first_gradients)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable head", "frozen head"])
+def test_a_row_scores_alike_whatever_the_other_rows_are(place: Place, frozen: bool) -> None:
+    """To the bit among as many rows; among fewer a vendor's matmul may add in another order."""
+    inputs = make_inputs((50, 64, 301), torch.float32, place[0])
+    inputs["target"] = inputs["target"].clamp_min(0)
+    inputs["weight"].requires_grad_(not frozen)
+    whole, _ = run(linear_logprob, inputs, backend=place[1])
+    others = torch.randn(25, 64, generator=torch.Generator().manual_seed(1)).to(place[0])
+    hidden = torch.cat([inputs["hidden"].detach()[:25], others]).requires_grad_()
+    changed, _ = run(linear_logprob, inputs | {"hidden": hidden}, backend=place[1])
+    assert changed.logprob[:25].equal(whole.logprob[:25])
+    for num_rows in (1, 3, 25):
+        few = inputs | {name: inputs[name][:num_rows] for name in ("hidden", "target")}
+        few["hidden"] = few["hidden"].detach().requires_grad_()
+        scores, _ = run(linear_logprob, few, backend=place[1])
+        torch.testing.assert_close(scores.logprob, whole.logprob[:num_rows], rtol=0, atol=1e-5)
+
+
+def test_scores_are_the_same_to_the_bit_with_and_without_gradients(place: Place) -> None:
+    inputs = make_inputs((40, 24, 301), torch.float32, place[0], bias=True)
+    trained, _ = run(linear_logprob, inputs, backend=place[1], head_memory_mib=SMALL_MIB)
+    for name in ("weight", "bias"):
+        inputs[name].requires_grad_(False)
+    frozen, _ = run(linear_logprob, inputs, backend=place[1], head_memory_mib=SMALL_MIB)
+    with torch.no_grad():
+        scored = linear_logprob(
+            inputs["hidden"],
+            inputs["weight"],
+            inputs["target"],
+            bias=inputs["bias"],
+            backend=place[1],
+            head_memory_mib=SMALL_MIB,
+            stats=True,
+        )
+    for one, other, third in zip(trained, frozen, scored, strict=True):
+        assert one.equal(other) and one.equal(third)

@@ -15,7 +15,8 @@ from fastkto.memory_fake import layer_kinds
 from fastkto.memory_optimizer import optimizer_bytes
 from fastkto.memory_probe import PassProbe, ProbeSettings
 from fastkto.memory_search import MOST_TOKENS, largest
-from tests.memory_truth import LENGTH, measured_peak, trainer_of
+from tests.allocations import measured_peak
+from tests.memory_truth import LENGTH, trainer_of
 from tests.models import FAMILIES, tiny_model
 
 WITHIN = 0.15

@@ -22,8 +22,8 @@ from fastkto.config import DEFAULT_TOKENS
 from fastkto.data.batch import matched_sequences
 from fastkto.pass_budget import check_auto, find_budget, state_to_come
 from fastkto.trial_passes import trial_passes
+from tests.allocations import measured_peak
 from tests.launch import launch
-from tests.memory_truth import measured_peak
 from tests.models import tiny_model, tiny_tokenizer
 
 MIB = 2**20
@@ -257,7 +257,7 @@ def test_on_a_cpu_it_is_the_default(tmp_path: Path, caplog: pytest.LogCaptureFix
     trainer.train()
     assert found(trainer) == DEFAULT_TOKENS
     assert trainer.step_settings.args.no_grad_tokens == 2 * DEFAULT_TOKENS
-    assert "max_tokens_per_pass is 8,192: the default, since passes are measured on" in caplog.text
+    assert "max_tokens_per_pass is 4,096: the default, since passes are measured on" in caplog.text
 
 
 def test_the_summary_says_that_it_will_be_found(tmp_path: Path) -> None:

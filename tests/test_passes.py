@@ -28,7 +28,7 @@ from fastkto.passes import (
     run_pass,
     sequence_logprobs,
 )
-from tests.memory_truth import measured_peak
+from tests.allocations import measured_peak
 from tests.models import FAMILIES, tiny_model, tiny_tokenizer
 from tests.trl_runs import text_rows
 

@@ -92,7 +92,7 @@ def test_the_facts_of_a_run(tmp_path: Path) -> None:
         f"{report.cut} cut at max_length=14; longest sequence 14 tokens",
         "batches: 5 per epoch of 4 rows x 2 accumulation steps, order sequential; "
         "20% with one class only",
-        "passes: 1 per batch with gradient, of at most 8,192 tokens (max_tokens_per_pass)",
+        "passes: 1 per batch with gradient, of at most 4,096 tokens (max_tokens_per_pass)",
         "precision: float32 weights, no bfloat16 autocast (no GPU for it)",
         "reference: the initial policy, copied",
         "backend: torch (there is no Triton backend for device 'cpu')",

@@ -10,7 +10,7 @@ from fastkto.cli.console import mistakes
 from fastkto.cli.plan_model import pass_budget, plan_estimator
 from fastkto.cli.train import SETTING_UP
 
-SMALL_HEAD_MIB = 64
+SMALL_HEAD_MIB = 32
 # What counts as less: the rest is rounding.
 LESS = 0.999
 

@@ -63,6 +63,7 @@ class _Totals:
         unit = torch.where(largest == 0, 1.0, largest)
         self._operands = operands
         self._rows: tuple[int, int] | None = None
+        self._scaled_hidden: Tensor | None = None
         self._row_scale = (row_gradient / unit)[:, None]
         of_token, of_entry = row_gradient[:, None] / GRADIENT_UNIT, unit / GRADIENT_UNIT
         parts = (
@@ -105,7 +106,9 @@ class _Totals:
             multiply_add(of_hidden.at(*rows), direction, weight)
         if of_weight:
             if self._rows != rows:  # the same for all tiles of these tokens
-                self._rows, self._scaled_hidden = rows, self._scaled(hidden, rows)
+                self._rows, self._scaled_hidden = rows, None
+                self._scaled_hidden = self._scaled(hidden, rows)
+            assert self._scaled_hidden is not None
             multiply_add(of_weight.at(*columns), direction.t(), self._scaled_hidden)
         if of_bias:
             ones = torch.ones_like(direction[:, :1])

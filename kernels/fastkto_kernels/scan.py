@@ -35,38 +35,43 @@ def scan_logits(
             operands.hidden, dtype=operands.compute_dtype, memory_format=torch.contiguous_format
         )
     tiles = Tiles(operands, steps, memory_bytes)
+
+    def scan_tile(
+        rows: tuple[int, int], columns: tuple[int, int], hidden: Tensor, total: Tensor | None
+    ) -> None:
+        weight = operands.weight_rows(*columns)
+        tile = tiles.compute(rows, columns, hidden, weight)
+        decay = torch.empty(hidden.shape[0], dtype=torch.float32, device=device)
+        exponentials = None if total is None else tiles.result(tile)
+        steps.fold_tile(
+            tile,
+            operands.bias_rows(*columns),
+            operands.target[slice(*rows)],
+            state.rows(*rows),
+            vocab_start=columns[0],
+            transform=operands.transform,
+            decay=decay,
+            exponentials=exponentials,
+            unit=_exponential_unit(operands),
+        )
+        if total is None or exponentials is None:
+            return
+        if columns[0] == 0:
+            multiply(exponentials, weight, total)
+        else:
+            steps.rescale_rows(total, decay)
+            multiply_add(total, exponentials, weight)
+
     with ieee_products(operands):
         for rows in spans(num_rows, tiles.num_rows):
-            block = slice(*rows)
-            hidden = operands.hidden_rows(*rows)
-            total = None
+            hidden, total = operands.hidden_rows(*rows), None
             if direction is not None:
                 total = torch.empty(hidden.shape, dtype=torch.float32, device=device)
-            decay = torch.empty(hidden.shape[0], dtype=torch.float32, device=device)
             for columns in spans(vocab_size, tiles.num_columns):
-                weight = operands.weight_rows(*columns)
-                tile = tiles.compute(rows, columns, hidden, weight)
-                exponentials = None if total is None else tiles.result(tile)
-                steps.fold_tile(
-                    tile,
-                    operands.bias_rows(*columns),
-                    operands.target[block],
-                    state.rows(*rows),
-                    vocab_start=columns[0],
-                    transform=operands.transform,
-                    decay=decay,
-                    exponentials=exponentials,
-                    unit=_exponential_unit(operands),
-                )
-                if total is None or exponentials is None:
-                    continue
-                if columns[0] == 0:
-                    multiply(exponentials, weight, total)
-                else:
-                    steps.rescale_rows(total, decay)
-                    multiply_add(total, exponentials, weight)
+                scan_tile(rows, columns, hidden, total)
             if direction is not None and total is not None:
-                direction[block] = _finish_direction(operands, state, rows, total)
+                direction[slice(*rows)] = _finish_direction(operands, state, rows, total)
+            del hidden, total  # before the next ones are made
     return Scan(state, direction)
 
 

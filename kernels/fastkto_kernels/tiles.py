@@ -33,8 +33,8 @@ EXPONENTIAL_UNIT = 16.0
 # The weight is read once for so many tokens, which hides its reading behind the products.
 MAX_TILE_ROWS = 2048
 # A tile that stays in a CPU's cache while it is folded.
-MAX_CPU_TILE_ROWS = 512
-MAX_CPU_TILE_LOGITS = 2**19
+MAX_CPU_TILE_ROWS = 1024
+MAX_CPU_TILE_LOGITS = 2**20
 TILE_MULTIPLE = 128
 
 

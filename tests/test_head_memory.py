@@ -1,0 +1,91 @@
+"""What `linear_logprob` allocates is what its formula says, whatever N is."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastkto import linear_logprob
+from fastkto.logprob_operator import ROWS_AT_ONCE
+from fastkto_kernels import linear_logprob_torch
+from fastkto_kernels.memory import HeadCall, head_memory
+from tests.allocations import measured_peak
+
+WITHIN = 0.05
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def measured(call: HeadCall, **options: Any) -> tuple[int, int]:
+    """(peak of the forward pass, peak of the backward pass without the gradients), in bytes."""
+    hidden = torch.randn(call.num_tokens, call.hidden_size).to(call.hidden_dtype).requires_grad_()
+    weight = torch.randn(call.vocab_size, call.hidden_size).mul_(0.05).to(call.weight_dtype)
+    weight.requires_grad_(call.trainable)
+    target = torch.randint(call.vocab_size, (call.num_tokens,))
+    memory_mib = call.memory_bytes / 2**20
+    scored: list[torch.Tensor] = []
+
+    def forward() -> None:
+        scores = linear_logprob(hidden, weight, target, head_memory_mib=memory_mib, **options)
+        scored.append(scores.logprob)
+
+    forward_peak = measured_peak(forward)
+    loss = scored.pop().sum()
+    backward_peak = measured_peak(loss.backward)
+    gradients = [leaf.grad for leaf in (hidden, weight) if leaf.grad is not None]
+    return forward_peak, backward_peak - sum(one.nbytes for one in gradients)
+
+
+def call_of(num_tokens: int, dtype: torch.dtype, trainable: bool, temporaries: int = 0) -> HeadCall:
+    return HeadCall(
+        num_tokens=num_tokens,
+        hidden_size=256,
+        vocab_size=5000,
+        hidden_dtype=dtype,
+        weight_dtype=dtype,
+        compute_dtype=dtype,
+        trainable=trainable,
+        memory_bytes=96 * 2**20,
+        bytes_per_logit=linear_logprob_torch.BYTES_PER_LOGIT,
+        temporaries=temporaries,
+        device_type="cpu",
+    )
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen head", "trainable head"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [100, 3000])
+def test_peaks_are_those_of_the_formula(
+    num_tokens: int, dtype: torch.dtype, trainable: bool
+) -> None:
+    call = call_of(num_tokens, dtype, trainable)
+    expected, (forward, backward) = head_memory(call), measured(call)
+    assert forward == pytest.approx(expected.forward, rel=WITHIN)
+    if trainable:
+        assert backward == pytest.approx(expected.backward, rel=WITHIN)
+    else:
+        # 16-bit gradients are scaled in fp32, some rows at a time: a factor and a product.
+        rows = 2 * ROWS_AT_ONCE if dtype == torch.bfloat16 else 0
+        assert backward < 2**17 + 4 * rows * call.hidden_size
+
+
+@pytest.mark.parametrize("memory_bytes", [2**16, 2**20])
+def test_the_tiles_stay_within_the_budget(memory_bytes: int) -> None:
+    call = call_of(3000, torch.float32, trainable=False)
+    call = call._replace(hidden_size=4, memory_bytes=memory_bytes)
+    forward, _ = measured(call)
+    beside = 36 * call.num_tokens + 20 * call.num_tokens * call.hidden_size
+    assert forward - beside < memory_bytes
+
+
+def test_peak_with_a_softcap_and_statistics_is_that_of_the_formula() -> None:
+    call = call_of(3000, torch.float32, trainable=False, temporaries=2)
+    forward, _ = measured(call, softcap=30.0, stats=True)
+    assert forward == pytest.approx(head_memory(call).forward, rel=WITHIN)
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen head", "trainable head"])
+def test_nothing_but_the_stored_gradient_grows_with_n(trainable: bool) -> None:
+    short, long = (call_of(n, torch.float32, trainable) for n in (2048, 6000))
+    grown = measured(long)[0] - measured(short)[0]
+    kept = head_memory(long).kept - head_memory(short).kept
+    assert grown - kept < 64 * (6000 - 2048)  # a few numbers for each token
