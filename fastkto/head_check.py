@@ -208,17 +208,18 @@ def _is_quantised(module: nn.Module) -> bool:
 
 @contextmanager
 def _recorded_dtypes(head: nn.Module | None, dtypes: set[torch.dtype]) -> Iterator[None]:
-    """Adds the dtype of the head's output to `dtypes`: autocast's, if a wrapper turns it on.
+    """Adds the dtypes in which the head computes to `dtypes`: autocast's, if a wrapper turns it on.
 
-    The logits that come out may have been converted to fp32 since.
+    The logits that come out may have been converted to fp32 since, and an adapter's product too.
     """
 
     def record(module: nn.Module, inputs: object, output: Tensor) -> None:
         dtypes.add(output.dtype)
 
-    hook = None if head is None else head.register_forward_hook(record)
+    modules = [] if head is None else head.modules()
+    hooks = [module.register_forward_hook(record) for module in modules]
     try:
         yield
     finally:
-        if hook is not None:
+        for hook in hooks:
             hook.remove()

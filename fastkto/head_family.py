@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
+
+from fastkto.head_lora import HeadLora, is_lora, read_lora, unreadable_adapter
 
 # Config fields by which families scale their logits, and the power with which the field enters.
 # logit_scale: Cohere; lm_head_multiplier: Falcon-H1; output_multiplier: Muse;
@@ -30,11 +31,22 @@ _WAY_OUT = 'use head="logits", which scores with the model\'s own logits in slic
 
 
 class Head(NamedTuple):
-    """What turns hidden states into logits: softcap(logit_scale * (hidden @ weight.T + bias))."""
+    """What turns hidden states into logits: softcap(logit_scale * (hidden @ weight.T + bias)).
+
+    What `adapters` add is inside the scale and the softcap.
+    """
 
     module: Any  # an nn.Linear or like one: weight [V, D] and bias [V] or None
     logit_scale: float
     softcap: float | None
+    adapters: tuple[HeadLora, ...] = ()
+    wrappers: tuple[nn.Module, ...] = ()  # around `module`, outermost first
+
+    @property
+    def called(self) -> list[nn.Module]:
+        """The modules that the model would call, whose hooks gather weights."""
+        factors = [part for adapter in self.adapters for part in (adapter.down, adapter.up)]
+        return [*self.wrappers, self.module, *factors]
 
 
 def read_head(model: PreTrainedModel) -> Head:
@@ -48,11 +60,15 @@ def read_head(model: PreTrainedModel) -> Head:
             else module.modules_to_save[active[0]]
         )
     name = type(model).__name__
-    if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+    if (adapter := unreadable_adapter(module)) is not None:
         raise ValueError(
-            f"the output head of {name} carries a peft adapter ({type(module).__name__}), which is "
-            f"not a plain weight; drop the head from target_modules, or {_WAY_OUT}"
+            f"the output head of {name} carries a peft adapter that is not plain LoRA or rsLoRA "
+            f"({adapter}); drop the head from target_modules, or {_WAY_OUT}"
         )
+    wrappers: tuple[nn.Module, ...] = ()
+    adapters: tuple[HeadLora, ...] = ()
+    if is_lora(module):
+        wrappers, adapters, module = (module,), read_lora(module), module.base_layer
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not isinstance(module, nn.Module):
         raise ValueError(
@@ -65,7 +81,7 @@ def read_head(model: PreTrainedModel) -> Head:
             f"the output head of {name} is quantised ({type(weight).__name__} of {weight.dtype}), "
             f"expected floating point; load the head unquantised, or {_WAY_OUT}"
         )
-    return Head(module, *_read_transform(model.config.get_text_config()))
+    return Head(module, *_read_transform(model.config.get_text_config()), adapters, wrappers)
 
 
 def _read_transform(config: Any) -> tuple[float, float | None]:

@@ -1,19 +1,20 @@
 """Scores of hidden states in a Hugging Face model, by the weight of its head or by its own logits.
 
 Both work by calling a module of the model while its `forward` is another one: the head's, so that
-whatever gathers the head's weight when it is called does so here too; the decoder's, so that the
+whatever gathers the head's weights when it is called does so here too; the decoder's, so that the
 model's own forward turns hidden states that are already there into logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -35,18 +36,21 @@ def score_by_weight(
     backend: str,
     head_memory_mib: float,
 ) -> TokenScores:
-    """Scores [N] by `linear_logprob`, on the head's device, in a call of the head's module."""
+    """Scores [N] by `linear_logprob`, on the head's device, in a call of the head's modules."""
 
     def score(hidden: Tensor, target: Tensor) -> tuple[Tensor | None, ...]:
         weight = _whole(head.module.weight)
-        bias = getattr(head.module, "bias", None)
-        if not torch.is_autocast_enabled(hidden.device.type):
+        is_autocast = torch.is_autocast_enabled(hidden.device.type)
+        if not is_autocast:
             hidden = hidden.to(weight.dtype)  # Mamba's residual stream is fp32 above a bf16 head
+        added = _added(head, hidden)
+        if not is_autocast:  # peft keeps adapters in fp32 beside a bf16 head
+            added = _Added(*(None if part is None else part.to(weight.dtype) for part in added))
         scores = linear_logprob(
             hidden,
             weight,
             target,
-            bias=None if bias is None else _whole(bias),
+            **added._asdict(),
             logit_scale=head.logit_scale,
             softcap=head.softcap,
             stats=stats,
@@ -61,8 +65,38 @@ def score_by_weight(
             f"the weight of the output head ({type(head.module).__name__}) is offloaded; keep the "
             'head on a device, or use head="logits"'
         )
-    with replaced_forward(head.module, score):
-        return TokenScores(*head.module(hidden.to(device), target.to(device)))
+    return TokenScores(*_call_inside(head.called, score, hidden.to(device), target.to(device)))
+
+
+class _Added(NamedTuple):
+    """What is added to hidden @ weight.T, by the names that `linear_logprob` has for it."""
+
+    bias: Tensor | None  # [V]
+    extra_hidden: Tensor | None = None  # [N, E]
+    extra_weight: Tensor | None = None  # [V, E]
+
+
+def _added(head: Head, hidden: Tensor) -> _Added:
+    """The head's bias, and its adapters side by side, as one of the sum of their ranks.
+
+    As in peft each multiplies in its own dtype (autocast's, where it is on), after its own dropout.
+    """
+    bias: Tensor | None = getattr(head.module, "bias", None)
+    bias = None if bias is None else _whole(bias)
+    if not head.adapters:
+        return _Added(bias)
+    hidden_parts, weight_parts = [], []
+    for adapter in head.adapters:
+        down = _whole(adapter.down.weight)
+        dropped = adapter.dropout(hidden.to(down.dtype))
+        hidden_parts.append(linear(dropped, down) * adapter.scaling)
+        weight_parts.append(_whole(adapter.up.weight))
+        if adapter.up.bias is not None:
+            up_bias = _whole(adapter.up.bias) * adapter.scaling
+            bias = up_bias if bias is None else bias + up_bias
+    if len(weight_parts) == 1:  # without a copy
+        return _Added(bias, hidden_parts[0], weight_parts[0])
+    return _Added(bias, torch.cat(hidden_parts, dim=1), torch.cat(weight_parts, dim=1))
 
 
 @torch.compiler.disable
@@ -142,6 +176,17 @@ def own_logits(
             f"{type(model.base_model).__name__}"
         )
     return output.logits[0]
+
+
+def _call_inside(
+    modules: Sequence[nn.Module], function: Callable[..., tuple[Any, ...]], *inputs: Tensor
+) -> tuple[Any, ...]:
+    """function(*inputs), within calls of all `modules`, so that their hooks have gathered."""
+    if not modules:
+        return function(*inputs)
+    outer, *inner = modules
+    with replaced_forward(outer, lambda *inputs: _call_inside(inner, function, *inputs)):
+        return outer(*inputs)
 
 
 @contextmanager

@@ -229,10 +229,11 @@ class MemoryEstimator:
         if self.deployment.bytes_per_quantised is None:
             return []
         head: Any = self.policy.get_output_embeddings()
+        parts = set(head.modules())  # with an adapter on it, its own layer is inside
         weights = [
             module.weight
             for name, module in self.policy.named_modules()
-            if isinstance(module, nn.Linear) and module is not head and "lora_" not in name
+            if isinstance(module, nn.Linear) and module not in parts and "lora_" not in name
         ]
         for weight in weights:
             weight.data = weight.data.to(autocast or weight.dtype)

@@ -153,7 +153,10 @@ def run(case: str, directory: Path, **wrapping: Any) -> None:
     peft_config = None
     if case == "lora":
         peft_config = LoraConfig(
-            r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+            r=4,
+            target_modules=["q_proj", "v_proj", "lm_head"],
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
         )
     # before the config: ZeRO-3 divides models that are made after it as they are made
     tied = case in ("tied", "deferred")

@@ -14,9 +14,16 @@ HEAD_MIB = 8
 
 
 def trainer_of(
-    folder: Path, *, lora: bool = False, model: dict[str, Any] | None = None, **fields: Any
+    folder: Path,
+    *,
+    lora: bool | list[str] = False,
+    model: dict[str, Any] | None = None,
+    **fields: Any,
 ) -> KTOTrainer:
-    """A trainer of 6 million parameters whose rows have LENGTH tokens, a pass to each row."""
+    """A trainer of 6 million parameters whose rows have LENGTH tokens, a pass to each row.
+
+    lora: an adapter, on all linear layers but the head or on those that are named.
+    """
     tokenizer = tiny_tokenizer()
     rows = [
         {"prompt": "p" * 32, "completion": "c" * LENGTH, "label": index % 2 == 0}
@@ -45,7 +52,9 @@ def trainer_of(
         train_dataset=dataset,
         eval_dataset=dataset.select(range(2)),
         processing_class=tokenizer,
-        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=8)
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM", target_modules="all-linear" if lora is True else lora, r=8
+        )
         if lora
         else None,
     )

@@ -26,8 +26,9 @@ def score(model: nn.Module, **kwargs: Any) -> ScoredOutput:
 
 
 def own_scores(model: nn.Module) -> ScoredOutput:
-    """Scores by autograd through the model's own logits."""
-    logits = model(input_ids=INPUT_IDS, use_cache=False).logits.float()
+    """Scores by autograd through the model's own logits, in fp32 or in its fp64."""
+    logits = model(input_ids=INPUT_IDS, use_cache=False).logits
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     logits = logits[SCORED["score_row"], SCORED["score_position"]]  # [N, V]
     is_scored = SCORED["score_target"] >= 0
     logprob = logits.log_softmax(-1)
@@ -54,11 +55,17 @@ def assert_close(got: Tensor, expected: Tensor, name: str = "") -> None:
     assert error < 1e-5, f"{name}: {error:.1e} relative"
 
 
-def assert_scores_are_own(model: nn.Module, head: str) -> None:
-    """Scores, statistics and every gradient, attached against not attached."""
-    expected = own_scores(model)
-    expected_gradients = gradients(model, expected.logprob)
-    attach_scoring(model, head=head, head_memory_mib=SMALL_MIB)
+def assert_scores_are_own(
+    model: nn.Module, head: str, *, backend: str = "auto", truth: nn.Module | None = None
+) -> None:
+    """Scores, statistics and every gradient, attached against not attached.
+
+    truth: what is not attached, for example the same model in fp64; by default `model`.
+    """
+    truth = model if truth is None else truth
+    expected = own_scores(truth)
+    expected_gradients = gradients(truth, expected.logprob)
+    attach_scoring(model, head=head, backend=backend, head_memory_mib=SMALL_MIB)
     got = score(model, score_stats=True)
     got_gradients = gradients(model, got.logprob)
     detach_scoring(model)
@@ -75,7 +82,7 @@ def assert_scores_are_own(model: nn.Module, head: str) -> None:
 
 def lora(model: nn.Module, **config: Any) -> nn.Module:
     """The model with LoRA that changes it."""
-    model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **config))
+    model = get_peft_model(model, LoraConfig(**{"r": 2, "task_type": "CAUSAL_LM", **config}))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

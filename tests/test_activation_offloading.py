@@ -64,6 +64,7 @@ REENTRANT = NON_REENTRANT | {"gradient_checkpointing_kwargs": {"use_reentrant": 
     [
         {"head": "logits"},
         {"lora": True},
+        {"lora": ["q_proj", "lm_head"]},
         NON_REENTRANT | {"lora": True, "head": "logits"},
         REENTRANT,
         REENTRANT | {"lora": True},

@@ -174,16 +174,11 @@ class TestPatch:
 
 
 class TestErrors:
-    def test_lora_on_the_head(self) -> None:
-        model = lora(tiny_model("llama"), target_modules=["lm_head"])
-        with pytest.raises(ValueError, match='target_modules, or use head="logits"'):
-            attach_scoring(model)
-
     def test_trained_tokens_of_a_tied_head(self) -> None:
         model = lora(
             tiny_model("gemma2"), target_modules=["q_proj"], trainable_token_indices=[5, 6]
         )
-        with pytest.raises(ValueError, match="carries a peft adapter"):
+        with pytest.raises(ValueError, match="peft adapter .*TrainableTokensWrapper"):
             attach_scoring(model)
         attach_scoring(model, head="logits")
 

@@ -20,13 +20,15 @@ from tests.memory_truth import LENGTH, trainer_of
 from tests.models import FAMILIES, tiny_model
 
 WITHIN = 0.15
-QUICK_RUNS = ("everything", "checkpointed", "LoRA, checkpointed")
+QUICK_RUNS = ("everything", "checkpointed", "LoRA, checkpointed", "LoRA on the head")
 RUNS: dict[str, dict[str, Any]] = {
     "everything": {},
     "checkpointed": {"gradient_checkpointing": True},
     "tied head, checkpointed": {"gradient_checkpointing": True, "model": {"tied": True}},
     "LoRA": {"lora": True},
     "LoRA, checkpointed": {"lora": True, "gradient_checkpointing": True},
+    "LoRA on the head": {"lora": ["q_proj", "lm_head"]},
+    "LoRA on the head, bf16 autocast": {"lora": ["q_proj", "lm_head"], "bf16": True},
     "bf16 autocast": {"bf16": True},
     "LoRA, bf16 autocast, checkpointed": {
         "lora": True,

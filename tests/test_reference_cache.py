@@ -270,6 +270,7 @@ def move(policy: PeftModel, part: str) -> None:
         {"modules_to_save": ["lm_head"]},
         {"trainable_token_indices": [3, 4]},
         {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
     ],
     ids=str,
 )

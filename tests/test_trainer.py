@@ -533,6 +533,7 @@ def test_trained_adapter_is_its_own_frozen_reference(tmp_path: Path) -> None:
         lora(init_lora_weights=False, target_modules=["q_proj", "embed_tokens"]),
         lora(init_lora_weights=False, use_dora=True),
         lora(init_lora_weights=False, modules_to_save=["lm_head"]),
+        lora(init_lora_weights=False, target_modules=["q_proj", "lm_head"]),
         IA3Config(
             task_type="CAUSAL_LM",
             target_modules=["k_proj", "down_proj"],
@@ -540,7 +541,7 @@ def test_trained_adapter_is_its_own_frozen_reference(tmp_path: Path) -> None:
             init_ia3_weights=False,
         ),
     ],
-    ids=["embedding", "dora", "saved head", "ia3"],
+    ids=["embedding", "dora", "saved head", "head", "ia3"],
 )
 def test_frozen_copy_is_whole_for_every_kind_of_adapter(adapter: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
