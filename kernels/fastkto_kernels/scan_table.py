@@ -36,8 +36,8 @@ class Blocks(NamedTuple):
 # Configuration -> the GPUs for which it compiles without spills, within their shared memory.
 CANDIDATES: dict[Blocks, tuple[str, ...]] = {
     Blocks(rows=64, columns=128, depth=64, num_warps=8, num_stages=3): NVIDIA,
-    Blocks(rows=128, columns=128, depth=32, num_warps=8, num_stages=3): ("sm_80", "sm_90"),
-    Blocks(rows=128, columns=128, depth=32, num_warps=8, num_stages=4): ("sm_80", "sm_90"),
+    Blocks(rows=64, columns=128, depth=64, num_warps=8, num_stages=4): ("sm_90", "sm_100"),
+    Blocks(rows=128, columns=128, depth=32, num_warps=8, num_stages=3): ("sm_80",),
 }
 
 
