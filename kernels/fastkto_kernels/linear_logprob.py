@@ -17,7 +17,7 @@ from .tiles import EXP_FLOOR, GRADIENT_UNIT, MAX_LAG, LogitTransform, RowState
 
 # The fp32 tile alone: everything else stays in registers.
 BYTES_PER_LOGIT = 4
-BLOCK = 2048
+BLOCK = 1024
 NUM_WARPS = 8
 
 
