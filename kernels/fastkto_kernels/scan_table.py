@@ -20,7 +20,7 @@ SHIPPED_TABLE = Path(__file__).with_name("scan_table.json")
 ALIGNMENT = 16
 # Offsets inside a block of up to 256 rows are int32.
 MAX_STRIDE = 2**23
-NVIDIA = ("sm_80", "sm_90", "sm_100", "sm_120")
+NVIDIA = ("sm_80", "sm_90", "sm_120")
 
 
 class Blocks(NamedTuple):
@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
 # Configuration -> the GPUs for which it compiles without spills, within their shared memory.
 CANDIDATES: dict[Blocks, tuple[str, ...]] = {
     Blocks(rows=64, columns=128, depth=64, num_warps=8, num_stages=3): NVIDIA,
-    Blocks(rows=64, columns=128, depth=64, num_warps=8, num_stages=4): ("sm_90", "sm_100"),
+    Blocks(rows=64, columns=128, depth=64, num_warps=8, num_stages=4): ("sm_90",),
     Blocks(rows=128, columns=128, depth=32, num_warps=8, num_stages=3): ("sm_80",),
 }
 
