@@ -22,7 +22,7 @@ class Size(NamedTuple):
     vocabulary: int
 
 
-FULL_SIZE = Size(10_000, 256, 16_384)
+FULL_SIZE = Size(10_000, 128, 8_192)
 
 
 class Regime(NamedTuple):

@@ -41,8 +41,12 @@ SHAPES = {
     "llama-3.1-8b": Shape(4096, 128_256),
     "qwen3-8b": Shape(4096, 151_936),
 }
+HEAD_MODES = ("no gradient", "frozen head", "trainable head")
+LOSS_MODE = "KTO loss"  # of the policy with a frozen head, and of a reference without gradient
 # Matmuls of [N, D] by [D, V] that the result needs at least.
-MATMULS = {"no gradient": 1, "frozen head": 2, "trainable head": 3}
+MATMULS = dict(zip(HEAD_MODES, (1, 2, 3), strict=True)) | {LOSS_MODE: 3}
+# Relative size of what a reference's hidden states differ by.
+REFERENCE_NOISE = 0.02
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,12 @@ class Case:
 
     @property
     def with_all_gradients(self) -> Case:
-        """The case whose exact results serve every mode."""
-        return replace(self, mode="trainable head")
+        """The case whose exact results serve every mode; the loss has its own."""
+        return self if self.mode == LOSS_MODE else replace(self, mode="trainable head")
+
+    @property
+    def sequence_length(self) -> int:
+        return min(SEQUENCE_LENGTH, self.tokens // 2)
 
     @property
     def scored(self) -> int:
@@ -98,6 +106,9 @@ class Inputs(NamedTuple):
     target: Tensor  # [N] int64, -100 in a prompt
     upstream: Tensor  # [N] fp32, gradient of the log-probabilities
     shape: Shape
+    # For the loss alone, whose own incoming gradient is a scalar.
+    reference: Tensor | None = None  # [N, D]
+    sequence_length: int = 0
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -120,20 +131,26 @@ def make_inputs(case: Case) -> Inputs:
     direction = torch.nn.functional.normalize(weight[target].float(), dim=1)
     hidden = normal(num_tokens, hidden_size).addcmul_(direction, confidence[:, None])
     if case.half_prompt:
-        length = min(SEQUENCE_LENGTH, num_tokens)
+        length = case.sequence_length
         position = torch.arange(num_tokens, device=DEVICE) % length
         target = torch.where(position < length // 2, -100, target)
+    reference, upstream = None, normal(num_tokens) / num_tokens
+    if case.mode == LOSS_MODE:
+        reference = hidden + REFERENCE_NOISE * normal(num_tokens, hidden_size)
+        upstream = torch.ones((), device=DEVICE)
     return Inputs(
         hidden=hidden.to(case.dtype).requires_grad_(case.mode != "no gradient"),
         weight=weight.requires_grad_(case.mode == "trainable head"),
         target=target,
-        upstream=normal(num_tokens) / num_tokens,
+        upstream=upstream,
         shape=case.shape,
+        reference=None if reference is None else reference.to(case.dtype),
+        sequence_length=case.sequence_length,
     )
 
 
 def all_modes(model: str, tokens: int, *, half_prompt: bool = False) -> list[Case]:
-    return [Case(model, tokens, mode, half_prompt) for mode in MATMULS]
+    return [Case(model, tokens, mode, half_prompt) for mode in HEAD_MODES]
 
 
 REAL_MODELS = [name for name in SHAPES if name != "small"]
@@ -142,11 +159,19 @@ CPU_CASES = [
     for model, tokens in (("small", 1024), ("qwen2.5-0.5b", 2048))
     for half_prompt in (False, True)
     for case in all_modes(model, tokens, half_prompt=half_prompt)
-] + [replace(case, is_tiny=True) for case in all_modes("gemma-2-2b", 48)]
+] + [
+    Case("small", 1024, LOSS_MODE, half_prompt=True),
+    *(replace(case, is_tiny=True) for case in all_modes("gemma-2-2b", 48)),
+]
 CUDA_CASES = [
     case
     for model in REAL_MODELS
     for tokens in (2048, 8192, 32_768, 131_072)
     for case in all_modes(model, tokens)
 ] + [case for model in REAL_MODELS for case in all_modes(model, 8192, half_prompt=True)]
+CUDA_CASES += [
+    Case(model, 8192, LOSS_MODE, half_prompt=True)
+    for model in REAL_MODELS
+    if SHAPES[model].softcap is None  # Liger's has none
+]
 CASES = CUDA_CASES if DEVICE.type == "cuda" else CPU_CASES

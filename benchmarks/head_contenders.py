@@ -7,7 +7,7 @@ imported by the contender that needs them alone: some change others as they load
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 
 import torch
@@ -18,13 +18,14 @@ from benchmarks.head_cases import DEVICE, Inputs, Shape
 from fastkto import linear_logprob
 
 Score = Callable[[Inputs], Tensor]
+Maker = Callable[[Shape], Score]
 
 
 class UnavailableError(Exception):
     """The contender cannot run such a head here; the message says why."""
 
 
-def _require(package: str, *, cuda: bool = False) -> None:
+def require(package: str, *, cuda: bool = False) -> None:
     if find_spec(package) is None:
         raise UnavailableError(f"{package} is not installed")
     if cuda and DEVICE.type != "cuda":
@@ -89,7 +90,7 @@ def make_torch_fused(shape: Shape) -> Score:
 
 def make_trl(shape: Shape) -> Score:
     """As `trl.trainer.utils.add_fused_lm_head` calls it."""
-    _require("trl")
+    require("trl")
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction, _use_triton
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -117,7 +118,7 @@ def make_trl(shape: Shape) -> Score:
 
 
 def make_liger(shape: Shape) -> Score:
-    _require("liger_kernel", cuda=True)
+    require("liger_kernel", cuda=True)
     _refuse_scale(shape)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -131,7 +132,7 @@ def make_liger(shape: Shape) -> Score:
 
 
 def make_cut_cross_entropy(shape: Shape) -> Score:
-    _require("cut_cross_entropy", cuda=True)
+    require("cut_cross_entropy", cuda=True)
     _refuse_scale(shape)
     from cut_cross_entropy import linear_cross_entropy
 
@@ -144,7 +145,7 @@ def make_cut_cross_entropy(shape: Shape) -> Score:
     return score
 
 
-MAKERS: dict[str, Callable[[Shape], Score]] = {
+MAKERS: dict[str, Maker] = {
     "fastkto": make_fastkto,
     "TRL": make_trl,
     "full logits": make_full_logits,
@@ -156,13 +157,11 @@ MAKERS: dict[str, Callable[[Shape], Score]] = {
 
 
 def make_contenders(
-    shape: Shape, *, leave_out: Collection[str] = ()
+    shape: Shape, makers: Mapping[str, Maker] = MAKERS
 ) -> tuple[dict[str, Score], dict[str, str]]:
     """(those that can run such a head here, why the others cannot)."""
     scores, skipped = {}, {}
-    for name, make in MAKERS.items():
-        if name in leave_out:
-            continue
+    for name, make in makers.items():
         try:
             scores[name] = make(shape)
         except UnavailableError as reason:

@@ -19,6 +19,7 @@ COLOURS = {
     "compiled full logits": "#E69F00",
     "torch linear_cross_entropy": "#CC79A7",
     "Liger": "#009E73",
+    "Liger KTO loss": "#009E73",
     "Cut Cross-Entropy": "#56B4E9",
 }
 _FIELDS = {"median_seconds": ("milliseconds", 1000.0), "peak_mib": ("MiB", 1.0)}

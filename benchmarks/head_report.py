@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.head_cases import MATMULS
 from benchmarks.head_figures import draw_bars, draw_curves
 
 Run = dict[str, Any]
@@ -16,16 +17,17 @@ _ABOUT = (
     "Every contender is given the same hidden states, weight and targets, and returns one "
     "log-probability a token; none computes an entropy. With a frozen head the hidden states get "
     "a gradient, with a trainable head the weight too; the gradient that comes in differs from "
-    "token to token. A half prompt has no targets in the first half of each sequence: each "
-    "contender does with them what its own callers do (on a CPU TRL scores them; PyTorch with full "
-    "logits always does).\n\n"
+    "token to token. KTO loss is the policy with a frozen head, a reference without gradient, and "
+    "the loss of both; its error stands in the column of log-probabilities. A half prompt has no "
+    "targets in the first half of each sequence: each contender does with them what its own "
+    "callers do (on a CPU TRL scores them; PyTorch with full logits always does).\n\n"
     "Time is the median of the calls. Memory is the peak above weight, inputs and the gradients "
     "that are returned. The matmul share is the time of 1 (no gradient), 2 (frozen head) or 3 "
-    "(trainable head) products of hidden states and weight in the inputs' dtype, measured in the "
-    "same run, over the contender's time; tokens without a target do not count. Errors are those "
-    "against fp64: the largest of a log-probability, in nats, and of the gradients' norms, "
-    "relative; found before anything is timed. A contender **disagrees** where an error is larger "
-    "than rounding its logits once to the inputs' dtype explains."
+    "(trainable head, KTO loss) products of hidden states and weight in the inputs' dtype, "
+    "measured in the same run, over the contender's time; tokens without a target do not count. "
+    "Errors are those against fp64: the largest of a log-probability, in nats, and of the "
+    "gradients' norms, relative; found before anything is timed. A contender **disagrees** where "
+    "an error is larger than rounding its logits once to the inputs' dtype explains."
 )
 
 
@@ -111,8 +113,7 @@ def _tables(cases: Sequence[Info]) -> Iterable[str]:
 def _order(info: Info) -> tuple[str, bool, int, int]:
     """By title, then tokens; modes in the order of what they compute."""
     case = info["case"]
-    modes = ("no gradient", "frozen head", "trainable head")
-    return case["model"], case["half_prompt"], modes.index(case["mode"]), case["tokens"]
+    return case["model"], case["half_prompt"], list(MATMULS).index(case["mode"]), case["tokens"]
 
 
 def _table(infos: Sequence[Info]) -> str:

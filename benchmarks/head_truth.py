@@ -5,13 +5,12 @@ The logits exist for a few tokens at a time, so a case of any size has a truth.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.head_cases import Case, Inputs, make_inputs
+from benchmarks.head_cases import Inputs
 from fastkto import eager
 from fastkto_kernels.tiles import spans
 
@@ -21,15 +20,9 @@ _LOGITS_AT_ONCE = 2**25
 class Results(NamedTuple):
     """Of one call; gradients of sum(upstream * logprob)."""
 
-    logprob: Tensor  # [N]
+    logprob: Tensor  # [N], or the loss
     hidden: Tensor | None = None  # [N, D], gradient
     weight: Tensor | None = None  # [V, D], gradient
-
-
-@lru_cache(maxsize=1)  # the modes of a shape come one after the other
-def find_truth(case: Case) -> Results:
-    """fp64 results of `case.with_all_gradients`, on the CPU: the device is for the contenders."""
-    return compute_exactly(make_inputs(case))
 
 
 def compute_exactly(inputs: Inputs) -> Results:
@@ -49,7 +42,7 @@ def compute_exactly(inputs: Inputs) -> Results:
 class Errors(NamedTuple):
     """Of one call against the truth."""
 
-    logprob: float  # largest, nats
+    logprob: float  # largest, nats; or of the loss
     hidden: float | None  # norm of the error over the norm of the gradient
     weight: float | None
 

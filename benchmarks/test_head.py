@@ -4,11 +4,11 @@
     python -m benchmarks.report RESULTS.json --output docs
 
 `-k "qwen2.5-0.5b"` selects a model; `n8192`, `no_gradient`, `frozen_head`, `trainable_head` and
-`half_prompt` the rest. Before anything is timed, results are compared with fp64: fastkto has to be
-within its documented bounds, and a peer that is further off than its compute dtype explains is
-shown as such. On a CPU contenders take turns. `HEAD_ROUNDS` calls of each are timed, by default 3
-on a CPU and 5 on CUDA. With `--benchmark-disable` a tiny variant of each case runs once, for the
-comparison alone.
+`half_prompt` the rest, `KTO_loss` the loss behind the head. Before anything is timed, results are
+compared with fp64: fastkto has to be within its documented bounds, and a peer that is further off
+than its compute dtype explains is shown as such. On a CPU contenders take turns. `HEAD_ROUNDS`
+calls of each are timed, by default 3 on a CPU and 5 on CUDA. With `--benchmark-disable` a tiny
+variant of each case runs once, for the comparison alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import gc
 import json
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,10 +25,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.head_cases import CASES, DEVICE, MATMULS, Case, Inputs, make_inputs
-from benchmarks.head_contenders import Score, make_contenders
+from benchmarks.head_cases import CASES, DEVICE, LOSS_MODE, MATMULS, Case, Inputs, make_inputs
+from benchmarks.head_contenders import MAKERS, Score, make_contenders
 from benchmarks.head_measure import call, call_and_peak, matmul_of, seconds_of
-from benchmarks.head_truth import Errors, find_errors, find_truth
+from benchmarks.head_truth import Errors, Results, compute_exactly, find_errors
+from benchmarks.loss_contenders import LOSS_MAKERS, compute_loss_exactly
 from benchmarks.report import write_report
 
 ROUNDS = int(os.environ.get("HEAD_ROUNDS", "5" if DEVICE.type == "cuda" else "3"))
@@ -74,10 +75,18 @@ def compare(benchmark: Any, case: Case) -> None:
         }
 
 
+@lru_cache(maxsize=1)  # the modes of a shape come one after the other
+def find_truth(case: Case) -> Results:
+    """fp64 results of `case.with_all_gradients`, on the CPU: the device is for the contenders."""
+    compute = compute_loss_exactly if case.mode == LOSS_MODE else compute_exactly
+    return compute(make_inputs(case))
+
+
 def check(case: Case, inputs: Inputs) -> tuple[dict[str, Score], dict[str, Any]]:
     """(contenders that ran, what the results file says of them), all compared with fp64."""
     truth = find_truth(case.with_all_gradients)
-    scores, skipped = make_contenders(case.shape)
+    makers = LOSS_MAKERS if case.mode == LOSS_MODE else MAKERS
+    scores, skipped = make_contenders(case.shape, makers)
     found: dict[str, dict[str, Any]] = {}
     for name in list(scores):
         try:
