@@ -71,6 +71,19 @@ def test_a_part_that_cannot_run_is_skipped_with_the_reason_and_the_rest_runs(
     assert content["parts"][1]["passed"] == 2
 
 
+def test_the_report_keeps_what_an_earlier_call_on_the_machine_found(tmp_path: Path) -> None:
+    old, new, again = Outcome("a", "failed"), Outcome("b", "passed"), Outcome("a", "passed")
+    write_report([old], {"device": "one"}, tmp_path)
+    write_report([new], {"device": "one"}, tmp_path)
+    table = write_report([again], {"device": "one"}, tmp_path)
+    assert [line.split()[:2] for line in table.splitlines()[1:]] == [
+        ["a", "passed"],
+        ["b", "passed"],
+    ]
+    table = write_report([new], {"device": "another"}, tmp_path)
+    assert [line.split()[0] for line in table.splitlines()[1:]] == ["b"]
+
+
 @pytest.mark.parametrize(("name", "status"), [("passing", 0), ("skipping", 0), ("failing", 1)])
 def test_exit_status_says_whether_something_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, status: int
