@@ -83,8 +83,13 @@ def assert_scores_are_own(
 def lora(model: nn.Module, **config: Any) -> nn.Module:
     """The model with LoRA that changes it."""
     model = get_peft_model(model, LoraConfig(**{"r": 2, "task_type": "CAUSAL_LM", **config}))
+    randomise_lora(model)
+    return model
+
+
+def randomise_lora(model: nn.Module) -> None:
+    """Give all adapters weights that change the model, the same ones each time."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.2, generator=generator)
-    return model
