@@ -38,13 +38,17 @@ _ABOUT = (
     "and the gradient that comes in has both signs. A gradient's error is a norm, over that of "
     "rounding the exact gradient to bf16: 1 is as good as bf16 can be. Tokens whose gradient is "
     "1e-6 of the largest one and less are left out of its median and maximum. Sums are formed in "
-    "fp64."
+    "fp64.\n\n"
+    "With a frozen head fastkto rounds the direction of the gradient where it is stored and the "
+    "gradient itself where it is returned: two roundings, of which 1.41 is the expected size. "
+    "Token by token the error varies around that, and so does the rounding it is divided by."
 )
 _EMULATION = (
     "On a CPU fastkto multiplies in fp32. The column *emulated* rounds what it multiplies as on a "
     "GPU, where tiles of gradients are 16-bit, and still forms the products here: it shows what "
-    "that rounding costs, and is no measurement of a GPU. The peers' columns are their code for a "
-    "CPU, which rounds logits to bf16 as on a GPU."
+    "that rounding costs, and is no measurement of a GPU. The peers' columns are what their code "
+    "does on a CPU: TRL's tiles and full logits are bf16, as on CUDA; linear_cross_entropy takes "
+    "its most accurate policy there, which is not its choice on CUDA, and returns bf16."
 )
 TABLES = {
     "Log-probability: largest error, nats": "largest",
