@@ -18,11 +18,12 @@ class Size(NamedTuple):
     """Of every regime; the sums are over all tokens."""
 
     tokens: int
+    with_gradient: int  # of them, evenly spaced: products of bf16 are slow on a CPU
     hidden: int
     vocabulary: int
 
 
-FULL_SIZE = Size(10_000, 128, 8_192)
+FULL_SIZE = Size(10_000, 1_000, 128, 8_192)
 
 
 class Regime(NamedTuple):
@@ -48,7 +49,7 @@ REGIMES = {
 def make_regime(regime: Regime, size: Size) -> Inputs:
     """bf16 inputs on `DEVICE`, without gradients; the incoming gradient has both signs."""
     generator = torch.Generator().manual_seed(SEED)
-    num_tokens, hidden_size, vocab_size = size
+    num_tokens, _, hidden_size, vocab_size = size
     weight = torch.randn(vocab_size, hidden_size, generator=generator)
     weight *= regime.spread / hidden_size**0.5
     target = torch.randint(vocab_size, (num_tokens,), generator=generator)
@@ -57,7 +58,7 @@ def make_regime(regime: Regime, size: Size) -> Inputs:
     confidence = torch.linspace(*regime.confidence, num_tokens)
     hidden += (confidence - (hidden * direction).sum(1))[:, None] * direction
     upstream = torch.rand(num_tokens, generator=generator) + 0.5
-    upstream[1::2] *= -1
+    upstream *= 2 * torch.randint(2, (num_tokens,), generator=generator) - 1
     return Inputs(
         hidden=hidden.to(DEVICE, DTYPE),
         weight=weight.to(DEVICE, DTYPE),
@@ -78,16 +79,28 @@ class Accuracy(NamedTuple):
     weight: float  # of the whole gradient, with a trainable head
 
 
-def measure_accuracy(score: Score, inputs: Inputs, truth: Results) -> Accuracy:
-    frozen = call(score, _with_gradients(inputs, weight=False))
-    trainable = call(score, _with_gradients(inputs, weight=True))
-    assert frozen.hidden is not None and trainable.weight is not None
-    assert truth.hidden is not None and truth.weight is not None
-    error = frozen.logprob.cpu().double() - truth.logprob
-    size = truth.hidden.norm(dim=1)
-    kept = size > 1e-6 * size.max()
-    ratios = _over_rounding(frozen.hidden, truth.hidden)[kept]
-    weight = _over_rounding(trainable.weight.flatten()[None], truth.weight.flatten()[None])
+def every(step: int, inputs: Inputs) -> Inputs:
+    """Every `step`-th token."""
+    return inputs._replace(
+        hidden=inputs.hidden[::step],
+        target=inputs.target[::step],
+        upstream=inputs.upstream[::step],
+    )
+
+
+def measure_accuracy(
+    score: Score, inputs: Inputs, truth: Results, some: Inputs, some_truth: Results
+) -> Accuracy:
+    """Log-probabilities of all `inputs`, gradients of `some` of them."""
+    error = call(score, inputs).logprob.cpu().double() - truth.logprob
+    frozen = call(score, _with_gradients(some, weight=False)).hidden
+    trainable = call(score, _with_gradients(some, weight=True)).weight
+    true_hidden, true_weight = some_truth.hidden, some_truth.weight
+    assert frozen is not None and trainable is not None
+    assert true_hidden is not None and true_weight is not None
+    size = true_hidden.norm(dim=1)
+    ratios = _over_rounding(frozen, true_hidden)[size > 1e-6 * size.max()]
+    weight = _over_rounding(trainable.flatten()[None], true_weight.flatten()[None])
     return Accuracy(
         largest=error.abs().max().item(),
         rms=error.square().mean().sqrt().item(),

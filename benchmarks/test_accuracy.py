@@ -10,7 +10,9 @@ from benchmarks.head_cases import DEVICE
 def test_accuracy_writes_a_row_for_each_regime_and_a_column_for_each_contender(
     tmp_path: Path,
 ) -> None:
-    write_accuracy(tmp_path, Size(tokens=64, hidden=32, vocabulary=515), "a command")
+    write_accuracy(
+        tmp_path, Size(tokens=64, with_gradient=32, hidden=32, vocabulary=515), "a command"
+    )
 
     page = (tmp_path / "accuracy.md").read_text()
     names = ["fastkto", *([EMULATED] if DEVICE.type == "cpu" else []), "TRL", "full logits"]
