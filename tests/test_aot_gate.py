@@ -81,6 +81,7 @@ def write_package(folder: Path, source: str) -> None:
     (package / "probe.py").write_text(source)
 
 
+@pytest.mark.slow  # the gate itself does more
 def test_our_kernels_pass() -> None:
     result = run_gate("--targets", "sm_90")
     assert result.returncode == 0, result.stdout + result.stderr
