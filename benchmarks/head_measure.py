@@ -12,7 +12,7 @@ import torch
 from benchmarks.head_cases import DEVICE, Case, Inputs
 from benchmarks.head_contenders import Score
 from benchmarks.head_truth import Results
-from tests.memory_truth import measured_peak
+from tests.allocations import measured_peak
 
 MIB = 2**20
 # A product of more tokens is no faster, and its result need not fit.
