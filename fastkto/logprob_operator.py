@@ -23,6 +23,20 @@ from fastkto_kernels.tiles import LogitTransform, Steps, spans
 ROWS_AT_ONCE = 2048  # of an elementwise product whose fp32 result is rounded
 
 
+class _Settings(NamedTuple):
+    """The arguments of `linear_logprob` that are no tensors."""
+
+    ignore_index: int
+    scale: float
+    softcap: float | None
+    temperature: float
+    compute_dtype: torch.dtype
+    stats: bool
+    with_direction: bool
+    backend: str
+    memory_bytes: int
+
+
 def _score(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -83,32 +97,17 @@ linear_logprob = torch.library.custom_op("fastkto::linear_logprob", _score, muta
 
 
 @linear_logprob.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    extra_hidden: Tensor | None,
-    extra_weight: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
-    compute_dtype: torch.dtype,
-    stats: bool,
-    with_direction: bool,
-    backend: str,
-    memory_bytes: int,
-) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    settings = _Settings(*others[5:])
     num_tokens = hidden.shape[0]
 
     def rows(present: bool) -> Tensor:
         return hidden.new_empty(num_tokens if present else 0, dtype=torch.float32)
 
-    shape = hidden.shape if with_direction else (0,)
-    direction = hidden.new_empty(shape, dtype=compute_dtype)
+    shape = hidden.shape if settings.with_direction else (0,)
+    direction = hidden.new_empty(shape, dtype=settings.compute_dtype)
     always = (rows(True) for _ in range(3))
-    return rows(True), rows(stats), rows(stats), *always, direction
+    return rows(True), rows(settings.stats), rows(settings.stats), *always, direction
 
 
 def _differentiate(
@@ -165,46 +164,14 @@ linear_logprob_backward = torch.library.custom_op(
 
 
 @linear_logprob_backward.register_fake
-def _(
-    row_gradient: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    extra_hidden: Tensor | None,
-    extra_weight: Tensor | None,
-    target: Tensor,
-    reference: Tensor,
-    other_sum: Tensor,
-    ignore_index: int,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
-    compute_dtype: torch.dtype,
-    needs: list[bool],
-    backend: str,
-    memory_bytes: int,
-) -> tuple[Tensor, ...]:
-    inputs = (hidden, weight, bias, extra_hidden, extra_weight)
+def _(row_gradient: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    inputs, needs = others[:5], others[-3]
     return tuple(
         torch.empty_like(value, memory_format=torch.contiguous_format)
         if needed and value is not None
         else row_gradient.new_empty(0)
         for value, needed in zip(inputs, needs, strict=True)
     )
-
-
-class _Settings(NamedTuple):
-    """The arguments of `linear_logprob` that are no tensors."""
-
-    ignore_index: int
-    scale: float
-    softcap: float | None
-    temperature: float
-    compute_dtype: torch.dtype
-    stats: bool
-    with_direction: bool
-    backend: str
-    memory_bytes: int
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
