@@ -1,10 +1,13 @@
 """`max_tokens_per_pass="auto"`: the largest that fits, found by passes before the first step."""
 
+from __future__ import annotations
+
 import copy
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -12,10 +15,15 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fastkto.config import KTOConfig
+from fastkto.config import DEFAULT_TOKENS, KTOConfig
 from fastkto.limits import STEPS_IN_BACKWARD
 from fastkto.memory_optimizer import optimizer_bytes
-from fastkto.trial_passes import TrialPasses, most_of_ranks
+from fastkto.trial_passes import TrialPasses, most_of_ranks, trial_passes
+
+if TYPE_CHECKING:
+    from fastkto.trainer import KTOTrainer
+
+logger = logging.getLogger(__name__)
 
 # Of all memory: what fragmentation and the libraries' workspaces may take.
 MARGIN = 0.1
@@ -78,6 +86,29 @@ def check_auto(args: KTOConfig, distributed_type: DistributedType) -> None:
             f"max_tokens_per_pass is 'auto', which runs passes before the first step, and {reason}"
             "; give a number"
         )
+
+
+def set_budget(trainer: KTOTrainer, batches: list[dict[str, Any]]) -> None:
+    """A number in place of "auto", and a line that says how it was found."""
+    if trainer.args.max_tokens_per_pass != "auto":
+        return
+    memory = trainer._device_memory()
+    tokens, reason = DEFAULT_TOKENS, "the default, since passes are measured on CUDA only"
+    if trainer._single_pass:
+        reason = "the default, since compute_loss is overridden"
+    elif memory is not None:
+        tokens, reason = measure_budget(trial_passes(trainer, batches), memory, trainer.accelerator)
+    trainer.step_settings.args = with_budget(trainer.args, tokens)
+    if trainer.is_world_process_zero():
+        logger.warning("max_tokens_per_pass is %s: %s.", f"{tokens:,}", reason)
+
+
+def device_memory(trainer: KTOTrainer) -> DeviceMemory | None:
+    """Where passes can be measured: the memory of a GPU."""
+    device = trainer.args.device
+    if device.type != "cuda":
+        return None
+    return CudaMemory(device, state_to_come(trainer.model, trainer.args, trainer.optimizer))
 
 
 def with_budget(args: KTOConfig, tokens: int) -> KTOConfig:

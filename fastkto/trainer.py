@@ -23,12 +23,12 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastkto.checkpoint_passes import needs_checkpointing, turn_off_checkpointing
-from fastkto.config import DEFAULT_TOKENS, KTOConfig
-from fastkto.data.batch import KTOCollator, check_batch, matched_sequences
+from fastkto.config import KTOConfig
+from fastkto.data.batch import KTOCollator, check_batch
 from fastkto.data.prepare import COLUMNS, AnyDataset, prepare_data
 from fastkto.data.rows import RowReport
 from fastkto.head import attach_scoring
-from fastkto.head_check import check_head, evaluating
+from fastkto.head_check import evaluating
 from fastkto.limits import (
     check_arguments,
     check_batch_size,
@@ -39,15 +39,8 @@ from fastkto.limits import (
     set_distributed_defaults,
 )
 from fastkto.metrics import Metrics, TokenCount
-from fastkto.packing import agree_on_layout
-from fastkto.pass_budget import (
-    CudaMemory,
-    DeviceMemory,
-    check_auto,
-    measure_budget,
-    state_to_come,
-    with_budget,
-)
+from fastkto.model_check import check_models
+from fastkto.pass_budget import DeviceMemory, check_auto, device_memory, set_budget
 from fastkto.passes import Layout
 from fastkto.policy import (
     disable_dropout,
@@ -60,8 +53,6 @@ from fastkto.policy import (
 from fastkto.precompute import precompute
 from fastkto.ranks import Ranks
 from fastkto.reference import choose_reference
-from fastkto.reference_cache import ReferenceCache
-from fastkto.reference_fingerprint import reference_fingerprint
 from fastkto.repeats import RepeatedRows
 from fastkto.score_store import ScoreStore, default_folder
 from fastkto.sharding import (
@@ -73,7 +64,6 @@ from fastkto.sharding import (
 )
 from fastkto.step import BatchLoss, StepSettings
 from fastkto.step_check import StepCheck
-from fastkto.trial_passes import trial_passes
 from fastkto.window_scores import score_window
 
 logger = logging.getLogger(__name__)
@@ -127,9 +117,9 @@ class KTOTrainer(Trainer):
         if eval_dataset is not None:
             check_batch_size(args, "per_device_eval_batch_size", args.eval_batch_size)
         set_distributed_defaults(args)
-        self._score_store: ScoreStore | None = None
+        self.score_store: ScoreStore | None = None
         if args.precompute_ref_log_probs:
-            self._score_store = ScoreStore(args.reference_cache or default_folder())
+            self.score_store = ScoreStore(args.reference_cache or default_folder())
         # The rows first: a mistake in them should not wait for a model to load.
         init_kwargs = model_init_kwargs(args, quantization_config)
         tokenizer = load_tokenizer(processing_class, model, init_kwargs)
@@ -246,10 +236,15 @@ class KTOTrainer(Trainer):
         batches = [self._prepare_inputs(batch) for batch in batches]
         if batches:
             self._get_ready(batches)
-            self._find_budget_once(batches)
+            if not self._budget_is_found:
+                set_budget(self, batches)
+                self._budget_is_found = True
             for batch, batch_loss in zip(batches, self._score(batches), strict=True):
                 batch["batch_loss"] = batch_loss
         return batches, num_items
+
+    def _device_memory(self) -> DeviceMemory | None:
+        return device_memory(self)
 
     def _score(
         self, batches: list[dict[str, Any]], counted: list[int] | None = None
@@ -267,7 +262,11 @@ class KTOTrainer(Trainer):
         # Trainer has put another one in place by now if the model is sharded.
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self.step_settings.policy = self.model_wrapped if is_deepspeed else self.model
-        self._check_models_once(batches)
+        for batch in batches:
+            check_batch(batch, self.step_settings.args.max_length)
+        if not self._models_are_checked:
+            check_models(self, batches)
+            self._models_are_checked = True
 
     def compute_loss(
         self,
@@ -389,64 +388,6 @@ class KTOTrainer(Trainer):
             # Some transformers load the adapters in subfolders and forget the one beside them.
             policy: Any = self.model if model is None else model
             policy.load_adapter(resume_from_checkpoint, policy.active_adapter, is_trainable=True)
-
-    # ---- Checks ----
-
-    def _check_models_once(self, batches: list[dict[str, Any]]) -> None:
-        """On real rows of the first batch: are heads scored right, and may passes be packed?"""
-        max_length = self.step_settings.args.max_length
-        for batch in batches:
-            check_batch(batch, max_length)
-        if self._models_are_checked:
-            return
-        sequences = [one for batch in batches for one in matched_sequences(batch, max_length)]
-        longest = sorted(sequences, key=lambda sequence: -sequence.length)[:2]
-        rows = [torch.cat([one.prompt, one.completion]) for one in longest]
-        # Two of two tokens and more, so that all ranks run the same forwards of a sharded model.
-        rows = [row.repeat(2) if len(row) == 1 else row for row in (rows * 2)[:2]]
-        policy, reference = self.step_settings.policy, self.reference.model
-        check_head(policy, rows)
-        settings = self.step_settings
-        settings.policy_layout = agree_on_layout(policy, "policy", rows, self.ranks)
-        settings.reference_layout = settings.policy_layout
-        if reference is not None:
-            check_head(reference, rows)
-            settings.reference_layout = agree_on_layout(reference, "reference", rows, self.ranks)
-        if self._score_store is not None:
-            fingerprint = reference_fingerprint(
-                self.reference, self.model, mixed_precision=self.accelerator.mixed_precision
-            )
-            settings.reference_cache = ReferenceCache(self._score_store, fingerprint)
-        self._models_are_checked = True
-
-    def _find_budget_once(self, batches: list[dict[str, Any]]) -> None:
-        """A number for `max_tokens_per_pass="auto"`, at the first step of a run."""
-        if self.args.max_tokens_per_pass != "auto" or self._budget_is_found:
-            return
-        memory = self._device_memory()
-        tokens, reason = DEFAULT_TOKENS, "the default, since passes are measured on CUDA only"
-        if self._single_pass:
-            reason = "the default, since compute_loss is overridden"
-        elif memory is not None:
-            passes = trial_passes(self, batches, self._run_backward)
-            tokens, reason = measure_budget(passes, memory, self.accelerator)
-        self.step_settings.args = with_budget(self.args, tokens)
-        self._budget_is_found = True
-        if self.is_world_process_zero():
-            logger.warning("max_tokens_per_pass is %s: %s.", f"{tokens:,}", reason)
-
-    def _device_memory(self) -> DeviceMemory | None:
-        device = self.args.device
-        if device.type != "cuda":
-            return None
-        return CudaMemory(device, state_to_come(self.model, self.args, self.optimizer))
-
-    def _run_backward(self, loss: Callable[[], Tensor]) -> None:
-        """Forward and backward of a pass that is not the step's last."""
-        with before_the_last_pass(self.model_wrapped, self.accelerator):
-            with self.compute_loss_context_manager():
-                value = loss()
-            self.accelerator.backward(value)
 
 
 class _StartOfTraining(TrainerCallback):

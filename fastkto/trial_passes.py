@@ -1,23 +1,28 @@
 """Passes of any size, run as a step runs its own, that leave nothing behind."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import cycle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer
 
 from fastkto.data.batch import TokenSequence, matched_sequences
 from fastkto.head_check import evaluating
 from fastkto.passes import Layout, sequence_logprobs
 from fastkto.reference import ReleasedReference
-from fastkto.sharding import release_gathered
+from fastkto.sharding import before_the_last_pass, release_gathered
 from fastkto.step import BatchLoss, StepSettings
 from fastkto.window import PairedBatch
+
+if TYPE_CHECKING:
+    from fastkto.trainer import KTOTrainer
 
 
 class TrialPasses:
@@ -119,9 +124,7 @@ class TrialPasses:
         return TokenSequence(repeated[:0], repeated, index)
 
 
-def trial_passes(
-    trainer: Trainer, batches: Sequence[dict[str, Any]], backward: Callable[..., None]
-) -> TrialPasses:
+def trial_passes(trainer: KTOTrainer, batches: Sequence[dict[str, Any]]) -> TrialPasses:
     """Passes with the lengths of the training data; without one of known rows, of `max_length`.
 
     Without either, of the longest row of the first step on any rank.
@@ -137,7 +140,17 @@ def trial_passes(
         length = args.max_length or int(most_of_ranks(longest.length, trainer.accelerator))
         lengths = [length] * trainer._train_batch_size
     tokens = torch.cat([longest.prompt, longest.completion])
-    return TrialPasses(settings, lengths, tokens, backward, trainer.model_wrapped)
+    return TrialPasses(
+        settings, lengths, tokens, partial(_run_backward, trainer), trainer.model_wrapped
+    )
+
+
+def _run_backward(trainer: KTOTrainer, loss: Callable[[], Tensor]) -> None:
+    """Forward and backward of a pass that is not the step's last."""
+    with before_the_last_pass(trainer.model_wrapped, trainer.accelerator):
+        with trainer.compute_loss_context_manager():
+            value = loss()
+        trainer.accelerator.backward(value)
 
 
 def most_of_ranks(value: float, accelerator: Accelerator) -> float:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
 
+import fastkto.trainer
+from fastkto import KTOTrainer
 from tests.fsdp_on_cpu import FSDP2, allow_fsdp_on_cpu
 from tests.test_pass_budget import LONGEST, MIB, found, trainer_of
 
@@ -47,14 +49,14 @@ with tempfile.TemporaryDirectory() as folder:
     trainer._device_memory = SavedMemory
     passes = []
     trainer.model.get_input_embeddings().register_forward_hook(lambda *_: passes.append(1))
-    find = trainer._find_budget_once
+    find = fastkto.trainer.set_budget
 
-    def counted(batches: list) -> None:
+    def counted(trainer: KTOTrainer, batches: list) -> None:
         passes.clear()
-        find(batches)
+        find(trainer, batches)
         print(f"budget {found(trainer)} {len(passes)};", flush=True)  # noqa: T201
 
-    trainer._find_budget_once = counted
+    fastkto.trainer.set_budget = counted
     trainer.train()
     assert isinstance(trainer.model, FSDPModule) == is_sharded
     assert LONGEST < found(trainer) < 6 * LONGEST, found(trainer)

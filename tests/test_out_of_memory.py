@@ -151,7 +151,7 @@ def test_a_batch_that_is_one_pass_whatever_the_setting(tmp_path: Path) -> None:
         train_dataset=ROWS,
         processing_class=tiny_tokenizer(),
     )
-    trainer._check_models_once([next(iter(trainer.get_train_dataloader()))])
+    trainer._get_ready([next(iter(trainer.get_train_dataloader()))])
     fail_at(trainer.model, True, 1)
     message = message_of(trainer.train)
     assert "gradient pass 1 of 1 (100 tokens in 4 sequences" in message

@@ -137,7 +137,7 @@ def test_the_found_number_fits_and_a_larger_one_does_not(
 
 def trial_passes_of(trainer: KTOTrainer) -> Any:
     batch = next(iter(trainer.get_train_dataloader()))
-    return trial_passes(trainer, [batch], trainer._run_backward)
+    return trial_passes(trainer, [batch])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -217,7 +217,7 @@ class Run:
             )
         self.trainer.model.train()
         self.trainer.current_gradient_accumulation_steps = 1
-        self.trainer._check_models_once([next(iter(self.trainer.get_train_dataloader()))])
+        self.trainer._get_ready([next(iter(self.trainer.get_train_dataloader()))])
         assert self.trainer.step_settings.policy_layout is Layout.PACKED
 
     def step(

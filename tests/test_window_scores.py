@@ -71,7 +71,7 @@ def step(
     batch = KTOCollator(None)(rows)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
-    trainer._check_models_once([batch])
+    trainer._get_ready([batch])
     if layouts is not None:
         settings = trainer.step_settings
         settings.policy_layout, settings.reference_layout = layouts
