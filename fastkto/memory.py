@@ -121,12 +121,6 @@ class MemoryEstimator:
             rows, max(tokens // rows, 1), gradient=gradient, checkpointing=checkpointing
         )
 
-    def activation_bytes(
-        self, tokens: int, *, checkpointing: bool, longest: int | None = None
-    ) -> int:
-        """The most that a pass with gradient adds at any time."""
-        return self.pass_bytes(tokens, longest=longest, checkpointing=checkpointing).peak
-
     def most_tokens(
         self,
         limit: int,

@@ -190,7 +190,7 @@ def test_the_largest_that_fits_is_found_in_few_tries(quadratic: int, limit: int)
 def test_the_largest_pass_without_gradient_needs_no_more_than_one_with(tmp_path: Path) -> None:
     args = KTOConfig(str(tmp_path), use_cpu=True, head_memory_mib=1)
     estimator = MemoryEstimator(tiny_model("llama"), args)
-    budget = estimator.activation_bytes(4096, checkpointing=True)
+    budget = estimator.pass_bytes(4096, checkpointing=True).peak
     tokens = estimator.most_tokens(budget, gradient=False)
     assert tokens > 4096
     assert estimator.pass_bytes(tokens, gradient=False).peak <= budget
