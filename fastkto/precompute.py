@@ -122,7 +122,7 @@ def _losses(trainer: KTOTrainer, window: _Window, paired: bool) -> list[BatchLos
     losses = pair_losses(trainer.step_settings, batches, window.counted)
     if not paired:
         for loss in losses:
-            loss.mismatched = []
+            loss.leave_out_mismatched()
     return losses
 
 
@@ -131,7 +131,7 @@ def _check(losses: list[BatchLoss], logprob: Tensor) -> None:
     rows = [row for loss in losses for row in loss.rows]
     rows += [loss.rows[index] for loss in losses for index in loss.paired_rows]
     finite = torch.isfinite(logprob).tolist()
-    bad = sorted({row for row, is_finite in zip(rows, finite, strict=False) if not is_finite})
+    bad = sorted({row for row, is_finite in zip(rows, finite, strict=True) if not is_finite})
     if bad:
         raise FloatingPointError(
             f"the reference's log-probabilities of rows {bad} of the data set, or of their prompts "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastkto.activation_offloading import ActivationsOnHost
 from fastkto.config import KTOConfig
-from fastkto.data.batch import matched_sequences, mismatched_sequences
+from fastkto.data.batch import given_mismatched, matched_sequences, mismatched_sequences
 from fastkto.loss import KTOLoss, kto_loss
 from fastkto.out_of_memory import PassFacts, naming_pass
 from fastkto.passes import Group, Layout, Pass, Plan, build_pass, pass_facts, run_pass
@@ -67,9 +67,15 @@ class BatchLoss:
         self.input_ids: Tensor = batch["input_ids"]
         max_length = settings.args.max_length
         self.matched = matched_sequences(batch, max_length)
-        mismatched = mismatched_sequences(batch, pairs.partners, max_length)
+        given = given_mismatched(batch, max_length)
+        if given is None:
+            mismatched = mismatched_sequences(batch, pairs.partners, max_length)
+        else:
+            mismatched = [*given[:counted], *[None] * (len(given) - counted)]
         self.paired_rows = [row for row, sequence in enumerate(mismatched) if sequence is not None]
         self.mismatched = [sequence for sequence in mismatched if sequence is not None]
+        if not settings.args.needs_kl:
+            self.leave_out_mismatched()
         index_B = torch.arange(len(self.rows), device=self.is_desirable.device)
         self.counted = (index_B < counted).double()
         self.finite = torch.ones_like(self.is_desirable)
@@ -78,8 +84,20 @@ class BatchLoss:
         self.expert_counts: Tensor | None = None
         self._running: tuple[str, list[Group]] | None = None  # the last pass: its kind, its groups
         self.sums: dict[str, Tensor | float] = {}
-        if settings.args.needs_kl:
+        self._known = batch.get("reference_logprob"), batch.get("kl_reference_logprob")
+        if settings.args.needs_kl and given is None:
             self.add(lone_rows=pairs.lone_rows, same_prompt_rows=pairs.same_prompt_pairs)
+
+    def leave_out_mismatched(self) -> None:
+        """Score the matched sequences alone: there is no KL estimate, or the pairs will change."""
+        self.paired_rows, self.mismatched = [], []
+
+    def known_reference(self) -> tuple[Tensor, Tensor] | None:
+        """The reference's scores of `matched` and `mismatched`, fp64, if the batch brought them."""
+        matched, mismatched = self._known
+        if matched is None or (mismatched is None and self.mismatched):
+            return None
+        return matched, matched[:0] if mismatched is None else mismatched[: len(self.mismatched)]
 
     def take_labels(self, batch: dict[str, Any]) -> None:
         """Labels as they are now: a subclass may have changed them since the rows were scored."""

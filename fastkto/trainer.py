@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from fastkto.checkpoint_passes import needs_checkpointing, turn_off_checkpointing
 from fastkto.config import KTOConfig
 from fastkto.data.batch import KTOCollator, check_batch
+from fastkto.data.padded import RaggedCollator, from_padded, is_padded
 from fastkto.data.prepare import COLUMNS, AnyDataset, prepare_data
 from fastkto.data.rows import RowReport
 from fastkto.head import attach_scoring
@@ -77,7 +78,8 @@ class KTOTrainer(Trainer):
             unless `args.model_init_kwargs` says otherwise, as TRL does.
         ref_model: the reference policy. Default: the initial policy (see `choose_reference`).
         args: a `KTOConfig`.
-        data_collator: default `KTOCollator`; another one must give the same kind of batch.
+        data_collator: default `KTOCollator`; another one gives the same kind of batch, or a padded
+            one as TRL's and LLaMA-Factory's collators do (see `from_padded`).
         train_dataset, eval_dataset: rows in any of the formats of `prepare_rows`; for evaluation
             also a dict of data sets.
         processing_class: the tokenizer. Default: the one beside the model.
@@ -143,7 +145,11 @@ class KTOTrainer(Trainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or KTOCollator(args.max_length),
+            data_collator=(
+                KTOCollator(args.max_length)
+                if data_collator is None
+                else RaggedCollator(data_collator)
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -257,6 +263,10 @@ class KTOTrainer(Trainer):
             single_pass=self._single_pass,
         )
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As in `Trainer`; padded batches become ragged ones."""
+        return super()._prepare_inputs(from_padded(inputs) if is_padded(inputs) else inputs)
+
     def _get_ready(self, batches: list[dict[str, Any]]) -> None:
         """Before any of these batches is scored."""
         # Trainer has put another one in place by now if the model is sharded.
@@ -282,6 +292,7 @@ class KTOTrainer(Trainer):
         training = self.model.training
         batch_loss = inputs.get("batch_loss")
         if batch_loss is None:  # not handed out by get_batch_samples: a step of its own
+            inputs = self._prepare_inputs(inputs)
             counted = len(inputs["rows"]) - (0 if training else self._repeated_rows.count(inputs))
             (batch_loss,) = self._score([inputs], [counted])
         batch_loss.take_labels(inputs)

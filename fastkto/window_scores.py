@@ -100,7 +100,8 @@ class _Job(NamedTuple):
 class _Jobs(NamedTuple):
     """What is scored without gradient for the losses of a step."""
 
-    lookup: Lookup  # of matched sequences, then mismatched ones
+    known: Tensor | None  # the reference's scores, if the batches brought all of them
+    lookup: Lookup  # of matched sequences, then mismatched ones; of none that are known
     reference: list[_Job]  # those that it misses, in one job or in two
     policy: list[_Job]  # mismatched sequences; none if the loss needs no KL estimate
 
@@ -109,9 +110,9 @@ def _plan(settings: StepSettings, losses: Sequence[BatchLoss], single_pass: bool
     """Plan the passes of every loss, and of what is scored before them."""
     matched = [sequence for loss in losses for sequence in loss.matched]
     mismatched = [sequence for loss in losses for sequence in loss.mismatched]
-    if not settings.args.needs_kl:
-        mismatched = []
-    lookup = Lookup(settings.reference_cache, [matched, mismatched])
+    known = _known_reference(losses)
+    sets = [matched, mismatched] if known is None else [[], []]
+    lookup = Lookup(settings.reference_cache, sets)
     losses[0].add(ref_cache_hits=lookup.hits, ref_cache_misses=lookup.misses)
     missing = lookup.missing
     share = _saves_tokens(settings, missing[0] + missing[1])
@@ -123,18 +124,26 @@ def _plan(settings: StepSettings, losses: Sequence[BatchLoss], single_pass: bool
     policy_sets = [mismatched] if settings.args.needs_kl else []
     layouts = [settings.reference_layout] * len(reference_sets)
     layouts += [settings.policy_layout] * len(policy_sets)
-    sets = list(zip(reference_sets + policy_sets, layouts, strict=True))
+    scored = list(zip(reference_sets + policy_sets, layouts, strict=True))
     budget = settings.args.no_grad_tokens
-    plans = [plan_passes(one, budget, layout, share_prompts=share) for one, layout in sets]
+    plans = [plan_passes(one, budget, layout, share_prompts=share) for one, layout in scored]
     plans = settings.ranks.level([*(_plan_gradient(loss, single_pass) for loss in losses), *plans])
     for loss, plan in zip(losses, plans, strict=False):
         loss.plan = plan
         _count_tokens(loss, _Job(loss.matched, plan, settings.policy_layout))
     no_grad_plans = plans[len(losses) :]
-    jobs = [_Job(one, plan, way) for (one, way), plan in zip(sets, no_grad_plans, strict=True)]
+    jobs = [_Job(one, plan, way) for (one, way), plan in zip(scored, no_grad_plans, strict=True)]
     for job in jobs:
         _count_tokens(losses[0], job)
-    return _Jobs(lookup, jobs[: len(reference_sets)], jobs[len(reference_sets) :])
+    return _Jobs(known, lookup, jobs[: len(reference_sets)], jobs[len(reference_sets) :])
+
+
+def _known_reference(losses: Sequence[BatchLoss]) -> Tensor | None:
+    """What the batches brought, in the order of `_reference_logprobs`; None if any is missing."""
+    known = [one for loss in losses if (one := loss.known_reference()) is not None]
+    if len(known) < len(losses):
+        return None
+    return torch.cat([part for kind in zip(*known, strict=True) for part in kind])
 
 
 def _plan_gradient(loss: BatchLoss, single_pass: bool) -> Plan:
@@ -189,7 +198,7 @@ def _reference_logprobs(settings: StepSettings, losses: Sequence[BatchLoss], job
         )
     if settings.reference.model is not None:
         release_gathered(settings.reference.model)
-    return jobs.lookup.complete(scored)
+    return jobs.lookup.complete(scored) if jobs.known is None else jobs.known
 
 
 def _logprobs(loss: BatchLoss, model: nn.Module, job: _Job, of: str) -> Tensor:

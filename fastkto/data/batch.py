@@ -15,6 +15,7 @@ from torch import Tensor
 
 _TENSORS = {"label": torch.bool, "input_ids": torch.int64}
 _LISTS = ("rows", "prompt_lengths", "completion_lengths", "prompt_keys")
+_SEQUENCE_KEYS = ("input_ids", "prompt_lengths", "completion_lengths", "prompt_keys")
 _ROW_COLUMNS = ("prompt_ids", "completion_ids", "label", "row")
 
 
@@ -163,6 +164,14 @@ def mismatched_sequences(
         None if partner is None else _form(prompt, partner, key, max_length)
         for (prompt, _), partner, key in rows
     ]
+
+
+def given_mismatched(batch: dict[str, Any], max_length: int | None) -> list[TokenSequence] | None:
+    """The mismatched sequences that another library's batch brings, `B`; None if it has none."""
+    if "kl_input_ids" not in batch:
+        return None
+    own = {key: batch[f"kl_{key}"] for key in _SEQUENCE_KEYS}
+    return matched_sequences(own, max_length)
 
 
 def split_rows(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:

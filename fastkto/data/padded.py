@@ -1,0 +1,122 @@
+"""Padded batches, as TRL's and LLaMA-Factory's collators make them, turned into ragged ones."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+
+from fastkto.data.batch import prompt_key
+
+
+class _Names(NamedTuple):
+    """What a library calls the parts of its batches."""
+
+    library: str
+    label: str
+    mismatched: str  # prefix of the mismatched sequences' keys
+    completion: str  # marks the tokens to be scored: a mask, or labels with -100 elsewhere
+    reference: tuple[str, str]  # log-probabilities that are known, if they are
+
+
+_LIBRARIES = (
+    _Names("TRL", "label", "KL_", "completion_mask", ("ref_logps", "ref_KL_logps")),
+    _Names("LLaMA-Factory", "kto_tags", "kl_", "labels", ("", "")),
+)
+
+
+@dataclass(frozen=True)
+class RaggedCollator:
+    """Another library's collator, or one of the user's, whose padded batches become ragged ones."""
+
+    collator: Callable[[list[dict[str, Any]]], Any]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        numbers = [row.get("row", index) for index, row in enumerate(rows)]
+        batch = self.collator(rows)
+        return from_padded(batch, numbers) if is_padded(batch) else batch
+
+
+def is_padded(batch: Any) -> bool:
+    """Whether `batch` is laid out as one of TRL's or LLaMA-Factory's collators."""
+    return _names(batch) is not None
+
+
+def from_padded(batch: dict[str, Any], rows: Sequence[int] | None = None) -> dict[str, Any]:
+    """The batch of `KTOCollator` that holds the same sequences.
+
+    The batch has `B` rows of `T` tokens, padded on either side:
+        input_ids, attention_mask: [B, T]
+        completion_mask: [B, T], 1 at the completion's tokens (TRL), or labels: [B, T], -100
+            everywhere else (LLaMA-Factory)
+        label (TRL) or kto_tags (LLaMA-Factory): [B] bool
+        KL_* or kl_*: the same three of the mismatched sequences, [B, T']; without them rows are
+            paired as those of `KTOCollator` are
+        ref_logps, ref_KL_logps: [B], the reference's log-probabilities in nats, if they are known
+
+    What comes with it in addition: `kl_input_ids`, `kl_prompt_lengths`, `kl_completion_lengths` and
+    `kl_prompt_keys` for given mismatched sequences, and `reference_logprob` and
+    `kl_reference_logprob`, [B] fp64, for known scores.
+
+    rows: numbers of the rows in errors; by default their positions in the batch.
+
+    Waits for the device of the batch, since lengths have to be known on the CPU. Raises ValueError,
+    which names the row, if a completion is empty or has gaps.
+    """
+    names = _names(batch)
+    if names is None:
+        raise ValueError(
+            f"the batch has {', '.join(map(str, batch))}, which is neither TRL's layout nor "
+            "LLaMA-Factory's; see fastkto.data.padded.from_padded"
+        )
+    label = batch[names.label]
+    numbers = list(range(len(label))) if rows is None else list(rows)
+    ragged = {"label": label.bool(), **_ragged(batch, names, "", numbers), "rows": numbers}
+    if f"{names.mismatched}input_ids" in batch:
+        mismatched = _ragged(batch, names, names.mismatched, numbers)
+        ragged |= {f"kl_{key}": value for key, value in mismatched.items()}
+    for key, name in zip(
+        ("reference_logprob", "kl_reference_logprob"), names.reference, strict=True
+    ):
+        if name in batch:
+            ragged[key] = batch[name].double()
+    return ragged
+
+
+def _names(batch: Any) -> _Names | None:
+    if not isinstance(batch, dict) and not hasattr(batch, "keys"):
+        return None
+    keys = set(batch.keys())
+    needed = ({"input_ids", "attention_mask", one.label, one.completion} for one in _LIBRARIES)
+    return next((one for one, own in zip(_LIBRARIES, needed, strict=True) if own <= keys), None)
+
+
+def _ragged(
+    batch: dict[str, Any], names: _Names, prefix: str, numbers: list[int]
+) -> dict[str, Any]:
+    """`input_ids`, the lengths and the prompt keys of one kind of sequences."""
+    input_ids = batch[f"{prefix}input_ids"]
+    real = batch[f"{prefix}attention_mask"].bool()
+    marks = batch[f"{prefix}{names.completion}"]
+    scored = (marks != -100 if names.completion == "labels" else marks.bool()) & real
+    prompts, completions = [], []
+    tokens = zip(input_ids.cpu(), real.cpu(), scored.cpu(), strict=True)
+    for number, (ids, is_real, is_scored) in zip(numbers, tokens, strict=True):
+        ids, is_scored = ids[is_real], is_scored[is_real]
+        first = len(ids) - int(is_scored.sum())
+        if first == len(ids) or not bool(is_scored[first:].all()):
+            what = "no token" if first == len(ids) else "tokens that are not at its end"
+            raise ValueError(
+                f"row {number} has {what} marked in {prefix}{names.completion}; a sequence is a "
+                "prompt and, behind it, the completion that is scored"
+            )
+        prompts.append(ids[:first].tolist())
+        completions.append(ids[first:].tolist())
+    flat = [*chain(*chain(*zip(prompts, completions, strict=True)))]
+    return {
+        "input_ids": torch.tensor(flat, dtype=torch.int64).to(input_ids.device),
+        "prompt_lengths": [len(ids) for ids in prompts],
+        "completion_lengths": [len(ids) for ids in completions],
+        "prompt_keys": [prompt_key(ids) for ids in prompts],
+    }

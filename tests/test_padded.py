@@ -1,0 +1,145 @@
+"""Padded batches of other libraries hold the same sequences once they are ragged."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+from fastkto import KTOConfig, KTOTrainer
+from fastkto.data.batch import check_batch, given_mismatched, matched_sequences
+from fastkto.data.padded import RaggedCollator, from_padded, is_padded
+from tests.models import tiny_model, tiny_tokenizer
+from tests.test_batch import MAX_LENGTH, trl_batches, trl_sequences
+from tests.trl_runs import text_rows
+
+
+def as_lists(sequences: Any) -> list[tuple[list[int], list[int]]]:
+    return [(one.prompt.tolist(), one.completion.tolist()) for one in sequences]
+
+
+def llama_factory(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """TRL's batch in LLaMA-Factory's layout."""
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "labels": batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100),
+        "kl_input_ids": batch["KL_input_ids"],
+        "kl_attention_mask": batch["KL_attention_mask"],
+        "kl_labels": batch["KL_input_ids"].masked_fill(batch["KL_completion_mask"] == 0, -100),
+        "kto_tags": batch["label"],
+    }
+
+
+@pytest.mark.parametrize("layout", [dict, llama_factory])
+def test_the_sequences_are_the_same(layout: Any) -> None:
+    for batch in trl_batches(4):
+        padded = layout(batch)
+        assert is_padded(padded)
+        ragged = from_padded(padded)
+        assert not is_padded(ragged)
+        check_batch(ragged, MAX_LENGTH)
+        assert ragged["label"].equal(batch["label"])
+        matched = as_lists(matched_sequences(ragged, MAX_LENGTH))
+        assert matched == trl_sequences(batch, "")
+        given = given_mismatched(ragged, MAX_LENGTH)
+        assert given is not None and as_lists(given) == trl_sequences(batch, "KL_")
+
+
+def test_left_padding_and_known_scores() -> None:
+    batch = trl_batches(4)[0]
+    padding = {prefix: (batch[f"{prefix}attention_mask"] == 0).sum(1) for prefix in ("", "KL_")}
+    left = {
+        key: torch.stack(
+            [
+                row.roll(int(shift))
+                for row, shift in zip(
+                    value, padding["KL_" if key.startswith("KL_") else ""], strict=True
+                )
+            ]
+        )
+        for key, value in batch.items()
+        if value.ndim == 2
+    }
+    assert not left["input_ids"].equal(batch["input_ids"])
+    scores = {
+        "ref_logps": torch.tensor([-1.0, -2.0, -3.0, -4.0]),
+        "ref_KL_logps": torch.tensor([-5.0, -6.0, -7.0, -8.0]),
+    }
+    ragged = from_padded({**left, **scores, "label": batch["label"]})
+    assert as_lists(matched_sequences(ragged, MAX_LENGTH)) == trl_sequences(batch, "")
+    assert ragged["reference_logprob"].tolist() == [-1, -2, -3, -4]
+    assert ragged["kl_reference_logprob"].tolist() == [-5, -6, -7, -8]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([0, 0, 0], "row 7 has no token marked in completion_mask"),
+        ([0, 1, 0], "row 7 has tokens that are not at its end marked in completion_mask"),
+    ],
+)
+def test_completions_that_cannot_be_scored_name_the_row(mask: list[int], message: str) -> None:
+    batch = {
+        "input_ids": torch.tensor([[1, 2, 3]]),
+        "attention_mask": torch.ones(1, 3, dtype=torch.int64),
+        "completion_mask": torch.tensor([mask]),
+        "label": torch.tensor([True]),
+    }
+    with pytest.raises(ValueError, match=message):
+        from_padded(batch, [7])
+
+
+def run(folder: Path, **arguments: Any) -> KTOTrainer:
+    fields = {"per_device_train_batch_size": 4, "max_steps": 2, "logging_steps": 1}
+    fields |= {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    fields |= {"learning_rate": 0.05, "optim": "sgd", "max_length": MAX_LENGTH}
+    return KTOTrainer(
+        model=tiny_model("llama", seed=1),
+        args=KTOConfig(str(folder), **fields),
+        train_dataset=text_rows(8),
+        processing_class=tiny_tokenizer(),
+        **arguments,
+    )
+
+
+class Rotated(DataCollatorForUnpairedPreference):
+    """TRL's collator on rows that its own data set preparation would have paired."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        completions = [example["completion_ids"] for example in examples]
+        rotated = zip(examples, completions[-1:] + completions[:-1], strict=True)
+        paired = [example | {"KL_completion_ids": other} for example, other in rotated]
+        return super().torch_call(paired)
+
+
+def test_trls_collator_trains_the_same_way(tmp_path: Path) -> None:
+    ours = run(tmp_path / "ours")
+    theirs = run(tmp_path / "theirs", data_collator=Rotated(0, max_length=MAX_LENGTH))
+    assert isinstance(theirs.data_collator, RaggedCollator)
+    for trainer in (ours, theirs):
+        trainer.train()
+    for one, other in zip(ours.state.log_history, theirs.state.log_history, strict=True):
+        for key in ("loss", "grad_norm", "kl", "rewards/margins"):
+            assert one.get(key) == pytest.approx(other.get(key), abs=1e-6)
+    for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_known_scores_need_no_reference(tmp_path: Path) -> None:
+    """Given log-probabilities count, and the reference is not asked."""
+    trainer = run(tmp_path)
+    assert trainer.reference.model is not None
+    rows = [trainer.train_dataset[index] for index in range(4)]
+    padded = Rotated(0, max_length=MAX_LENGTH)(rows)
+    first = trainer._prepare_inputs(padded)
+    (loss,) = trainer._score([first])
+    known = {"ref_logps": loss.reference_logprob, "ref_KL_logps": loss.reference_logprob}
+    calls: list[Any] = []
+    trainer.reference.model.register_forward_hook(lambda *_: calls.append(1))
+    (given,) = trainer._score([trainer._prepare_inputs({**padded, **known})])
+    assert not calls
+    assert given.reference_logprob.equal(loss.reference_logprob)
+    assert given.kl is not None and loss.kl is not None and not given.kl.equal(loss.kl)
