@@ -1,6 +1,7 @@
 """KTOConfig: TRL 1.16's names and defaults, plus the fields that are fastkto's own."""
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -79,7 +80,30 @@ class KTOConfig(TrainingArguments):
         },
     )
 
+    pad_to_multiple_of: int | str | None = field(
+        default="auto",
+        metadata={"help": "TRL pads batches to a multiple of this. Here only 'auto' or None: no."},
+    )
+
     # The reference
+    sync_ref_model: bool = field(
+        default=False,
+        metadata={
+            "help": "Move the reference towards the policy every ref_model_sync_steps steps "
+            "(TR-DPO, arXiv:2404.09656)."
+        },
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6,
+        metadata={
+            "help": "Share of the policy in the reference after a move: alpha * policy + "
+            "(1 - alpha) * reference, weight by weight. 1 copies the policy, adapters included."
+        },
+    )
+    ref_model_sync_steps: int = field(
+        default=512,
+        metadata={"help": "Optimizer steps from one move of the reference to the next."},
+    )
     precompute_ref_log_probs: bool = field(
         default=False,
         metadata={
@@ -128,7 +152,7 @@ class KTOConfig(TrainingArguments):
             "choices": list(KL_PAIRINGS),
         },
     )
-    max_tokens_per_pass: int | str = field(
+    max_tokens_per_pass: int | str | None = field(
         default=DEFAULT_TOKENS,
         metadata={
             "help": "Most tokens in one pass of the model; a longer sequence is a pass of its own. "
@@ -190,7 +214,39 @@ class KTOConfig(TrainingArguments):
             if hasattr(self, new) and getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))
         super().__post_init__()
+        for name in ("max_tokens_per_pass", "pad_to_multiple_of"):  # a command line gives text
+            if str(getattr(self, name)).isdecimal():
+                setattr(self, name, int(getattr(self, name)))
+        if self.max_tokens_per_pass is None:
+            self.max_tokens_per_pass = DEFAULT_TOKENS
         self._check()
+
+    @classmethod
+    def from_arguments(cls, args: TrainingArguments) -> "KTOConfig":
+        """`args` as a `KTOConfig`: TRL's, or any other `TrainingArguments`.
+
+        Fields keep their values, and what only a `KTOConfig` has gets its default. Raises
+        ValueError for a field that it does not know and that is not at its default: nothing is
+        ignored.
+        """
+        if isinstance(args, cls):
+            return args
+        known = {one.name for one in fields(cls)}
+        for one in fields(args):
+            value = getattr(args, one.name)
+            default = one.default if one.default_factory is MISSING else one.default_factory()
+            if one.name not in known and one.init and value != default:
+                raise ValueError(
+                    f"args is a {type(args).__name__} with {one.name}={value!r}, which "
+                    "fastkto.KTOConfig does not have; leave it out, or pass a fastkto.KTOConfig"
+                )
+        config = copy.copy(args)
+        config.__class__ = cls  # TrainingArguments cannot be initialised a second time
+        for one in fields(cls):
+            if not hasattr(config, one.name):
+                setattr(config, one.name, one.default)
+        config._check()
+        return config
 
     def _check(self) -> None:
         for name in ("learning_rate", "beta", "desirable_weight", "undesirable_weight"):
@@ -208,6 +264,7 @@ class KTOConfig(TrainingArguments):
             "head_memory_mib",
             "max_length",
             "precompute_ref_batch_size",
+            "ref_model_sync_steps",
             "gradient_accumulation_steps",
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -219,6 +276,21 @@ class KTOConfig(TrainingArguments):
             raise ValueError(
                 f"reference_cache is {self.reference_cache!r}, but nothing is cached without "
                 "precompute_ref_log_probs=True; set that too, or leave reference_cache out"
+            )
+        if self.pad_to_multiple_of not in (None, "auto", 1):
+            raise ValueError(
+                f"pad_to_multiple_of is {self.pad_to_multiple_of!r}, and passes hold no padding to "
+                "be rounded up; leave it out"
+            )
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(
+                f"ref_model_mixup_alpha is {self.ref_model_mixup_alpha}; it must be above 0 and at "
+                "most 1"
+            )
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model=True changes the reference while training, so that what "
+                "precompute_ref_log_probs=True keeps would be another reference's; leave one out"
             )
         for name in _CHOICES:
             choices = self.__dataclass_fields__[name].metadata["choices"]
@@ -249,7 +321,7 @@ class KTOConfig(TrainingArguments):
     def grad_tokens(self) -> int:
         """`max_tokens_per_pass`; its default where "auto" has not been found yet."""
         number = self.max_tokens_per_pass
-        return DEFAULT_TOKENS if isinstance(number, str) else number
+        return number if isinstance(number, int) else DEFAULT_TOKENS
 
     @property
     def needs_kl(self) -> bool:

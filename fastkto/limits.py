@@ -41,7 +41,9 @@ def check_batch_size(args: KTOConfig, name: str, batch_size: int, steps: int = 1
 def check_arguments(model: Any, ref_model: Any, args: KTOConfig, compute_metrics: Any) -> None:
     """Refuse what can be seen from the arguments alone."""
     if not isinstance(args, KTOConfig):
-        raise TypeError(f"args is a {type(args).__name__}; pass a fastkto.KTOConfig")
+        raise TypeError(
+            f"args is a {type(args).__name__}; pass a fastkto.KTOConfig, or any TrainingArguments"
+        )
     if not isinstance(model, str | torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass a path, a hub id or a model")
     if ref_model is not None and not isinstance(model, str):

@@ -105,15 +105,25 @@ def _copy_adapter(policy: PeftModel) -> None:
             "copy that serves as the reference; pass a model with the trained adapter alone, or "
             "pass ref_model"
         )
-    before = dict(policy.named_parameters())
+    before = len(list(policy.parameters()))
     policy.add_adapter(FROZEN_ADAPTER, policy.peft_config[trained])
-    for name, parameter in policy.named_parameters():
-        if name in before:
-            continue
+    pairs = list(adapter_pairs(policy))
+    assert len(pairs) == len(list(policy.parameters())) - before, "a parameter has no counterpart"
+    for frozen, parameter in pairs:
+        frozen.data.copy_(parameter.data)
+        frozen.requires_grad_(False)
+
+
+def adapter_pairs(policy: Any) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Each parameter of the frozen adapter, with that of the trained one."""
+    trained = policy.active_adapter
+    parameters = dict(policy.named_parameters())
+    for name, parameter in parameters.items():
         # Adapters name their parameters in different ways; the adapter's own name comes last.
-        front, _, back = name.rpartition(FROZEN_ADAPTER)
-        parameter.data.copy_(before[f"{front}{trained}{back}"].data)
-        parameter.requires_grad_(False)
+        front, found, back = name.rpartition(FROZEN_ADAPTER)
+        original = parameters.get(f"{front}{trained}{back}") if found else None
+        if original is not None:
+            yield parameter, original
 
 
 def _initial_policy(

@@ -54,6 +54,7 @@ from fastkto.policy import (
 from fastkto.precompute import precompute
 from fastkto.ranks import Ranks
 from fastkto.reference import choose_reference
+from fastkto.reference_sync import SyncReference, check_sync, load_reference, save_reference
 from fastkto.repeats import RepeatedRows
 from fastkto.score_store import ScoreStore, default_folder
 from fastkto.sharding import (
@@ -77,7 +78,7 @@ class KTOTrainer(Trainer):
         model: a path or hub id, a `PreTrainedModel`, or a `PeftModel`. A path is loaded in fp32
             unless `args.model_init_kwargs` says otherwise, as TRL does.
         ref_model: the reference policy. Default: the initial policy (see `choose_reference`).
-        args: a `KTOConfig`.
+        args: a `KTOConfig`, TRL's, or any `TrainingArguments` (see `KTOConfig.from_arguments`).
         data_collator: default `KTOCollator`; another one gives the same kind of batch, or a padded
             one as TRL's and LLaMA-Factory's collators do (see `from_padded`).
         train_dataset, eval_dataset: rows in any of the formats of `prepare_rows`; for evaluation
@@ -101,7 +102,7 @@ class KTOTrainer(Trainer):
         self,
         model: str | PreTrainedModel | PeftModel,
         ref_model: PreTrainedModel | None = None,
-        args: KTOConfig | None = None,
+        args: TrainingArguments | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
@@ -115,6 +116,8 @@ class KTOTrainer(Trainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = KTOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-KTO")
+        if isinstance(args, TrainingArguments):
+            args = KTOConfig.from_arguments(args)
         check_arguments(model, ref_model, args, compute_metrics)
         if eval_dataset is not None:
             check_batch_size(args, "per_device_eval_batch_size", args.eval_batch_size)
@@ -133,8 +136,13 @@ class KTOTrainer(Trainer):
         prepare_adapter(policy, args)
         if train_dataset is not None:
             check_trainable(policy)
+        check_sync(args, policy, ref_model)
         self.reference = choose_reference(
-            policy, ref_model, new_adapter=peft_config is not None, init_kwargs=init_kwargs
+            policy,
+            ref_model,
+            # With a moving reference a new adapter needs a second one, equal to none at first.
+            new_adapter=peft_config is not None and not args.sync_ref_model,
+            init_kwargs=init_kwargs,
         )
         for scored in filter(None, (policy, self.reference.model)):
             if args.disable_dropout:
@@ -198,6 +206,8 @@ class KTOTrainer(Trainer):
         self._repeated_rows = RepeatedRows(self.accelerator, args.dataloader_num_workers)
         self._models_are_checked = self._budget_is_found = False
         self.add_callback(TokenCount())
+        if args.sync_ref_model:
+            self.add_callback(SyncReference(self))
         self.add_callback(_StartOfTraining(self))
 
     def _prepare(
@@ -390,6 +400,15 @@ class KTOTrainer(Trainer):
         return output
 
     # ---- Checkpoints ----
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_reference(self, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_reference(self, checkpoint)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
