@@ -40,6 +40,7 @@ from fastkto.limits import (
     set_distributed_defaults,
 )
 from fastkto.metrics import Metrics, TokenCount
+from fastkto.model_card import write_model_card
 from fastkto.model_check import check_models
 from fastkto.pass_budget import DeviceMemory, check_auto, device_memory, set_budget
 from fastkto.passes import Layout
@@ -399,7 +400,31 @@ class KTOTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{key}": v for key, v in values.items()})
         return output
 
-    # ---- Checkpoints ----
+    # ---- Checkpoints and the hub ----
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write README.md to `output_dir`; also called by `push_to_hub` with its own arguments.
+
+        Arguments are TRL's. Those of `Trainer`'s method have no place on this card.
+        """
+        if kwargs:
+            raise TypeError(
+                f"create_model_card has no argument {', '.join(kwargs)}; it has model_name, "
+                "dataset_name and tags, as TRL's"
+            )
+        if self.is_world_process_zero():
+            tags = [tags] if isinstance(tags, str) else list(tags or [])
+            write_model_card(self, model_name, dataset_name, tags)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.create_model_card()
+        super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
