@@ -38,7 +38,7 @@ def check_batch_size(args: KTOConfig, name: str, batch_size: int, steps: int = 1
     )
 
 
-def check_arguments(model: Any, ref_model: Any, args: KTOConfig, compute_metrics: Any) -> None:
+def check_arguments(model: Any, ref_model: Any, args: KTOConfig) -> None:
     """Refuse what can be seen from the arguments alone."""
     if not isinstance(args, KTOConfig):
         raise TypeError(
@@ -54,11 +54,6 @@ def check_arguments(model: Any, ref_model: Any, args: KTOConfig, compute_metrics
                 f"model and ref_model {what}, so the reference would be trained too; leave "
                 "ref_model out to use the initial policy, or load it a second time"
             )
-    if compute_metrics is not None:
-        raise ValueError(
-            "compute_metrics is not supported: it needs logits, which are never formed here; "
-            "evaluate() returns the KTO metrics"
-        )
     check_batch_size(
         args,
         "per_device_train_batch_size",

@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from fastkto.checkpoint_passes import needs_checkpointing, turn_off_checkpointing
 from fastkto.config import KTOConfig
@@ -28,6 +28,7 @@ from fastkto.data.batch import KTOCollator, check_batch
 from fastkto.data.padded import RaggedCollator, from_padded, is_padded
 from fastkto.data.prepare import COLUMNS, AnyDataset, prepare_data
 from fastkto.data.rows import RowReport
+from fastkto.evaluation_logits import logits_and_tokens
 from fastkto.head import attach_scoring
 from fastkto.head_check import evaluating
 from fastkto.limits import (
@@ -85,7 +86,8 @@ class KTOTrainer(Trainer):
         train_dataset, eval_dataset: rows in any of the formats of `prepare_rows`; for evaluation
             also a dict of data sets.
         processing_class: the tokenizer. Default: the one beside the model.
-        compute_metrics: must be None, since there are no logits to compute from.
+        compute_metrics: as in `Trainer`, from the policy's logits and the tokens, which takes an
+            extra forward and all `[B, T, V]` logits of an evaluation batch.
         callbacks, optimizers: as in `Trainer`.
         quantization_config: used when `model` is a path or id.
         peft_config: wraps the model in a new adapter.
@@ -108,7 +110,7 @@ class KTOTrainer(Trainer):
         train_dataset: AnyDataset | None = None,
         eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        compute_metrics: None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
@@ -119,7 +121,7 @@ class KTOTrainer(Trainer):
             args = KTOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-KTO")
         if isinstance(args, TrainingArguments):
             args = KTOConfig.from_arguments(args)
-        check_arguments(model, ref_model, args, compute_metrics)
+        check_arguments(model, ref_model, args)
         if eval_dataset is not None:
             check_batch_size(args, "per_device_eval_batch_size", args.eval_batch_size)
         set_distributed_defaults(args)
@@ -162,6 +164,7 @@ class KTOTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -334,12 +337,21 @@ class KTOTrainer(Trainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """The loss of an evaluation batch; there are no logits to return."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss of an evaluation batch; with `compute_metrics` also its logits and tokens."""
+        inputs = self._prepare_inputs(inputs)
+        logits = tokens = None
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss = self.compute_loss(model, inputs)
+            if not prediction_loss_only:
+                logits, tokens = logits_and_tokens(
+                    model,
+                    inputs,
+                    max_length=self.step_settings.args.max_length,
+                    pad_token_id=self.processing_class.pad_token_id,
+                )
         self._check_step()
-        return loss, None, None
+        return loss, logits, tokens
 
     # ---- Metrics ----
 

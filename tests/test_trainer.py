@@ -614,7 +614,6 @@ def test_same_model_twice_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"compute_metrics": lambda _: {}}, "compute_metrics is not supported"),
         ({"per_device_train_batch_size": 1}, "per_device_train_batch_size is 1"),
         (
             {"per_device_eval_batch_size": 1, "eval_dataset": text_rows(4)},

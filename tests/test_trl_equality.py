@@ -198,3 +198,18 @@ def test_comparison_notices_a_dropped_kl_term(
     expected, actual = both(tmp_path, **models(), train_dataset=text_rows())
     with pytest.raises(AssertionError, match="loss of log"):
         assert_equal_logs(expected, actual)
+
+
+def next_token_accuracy(prediction: Any) -> dict[str, float]:
+    """Over all positions; padding has the logits of what stands before it in both libraries."""
+    logits, tokens = prediction.predictions, prediction.label_ids
+    real = tokens[:, 1:] > 0
+    right = (logits[:, :-1].argmax(-1) == tokens[:, 1:]) & real
+    return {"accuracy": right.sum() / real.sum(), "logit": (logits[:, :-1].max(-1) * real).sum()}
+
+
+def test_compute_metrics_gets_the_same_logits(tmp_path: Path) -> None:
+    run = {"train_dataset": text_rows(), "eval_dataset": text_rows(7, seed=3)}
+    expected, actual = both(tmp_path, **models(), **run, compute_metrics=next_token_accuracy)
+    assert_equal_logs(expected, actual)
+    assert any("eval_logit" in log for log in actual)

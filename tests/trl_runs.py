@@ -72,6 +72,7 @@ def log_history(
     train_dataset: Dataset,
     eval_dataset: Any = None,
     peft_config: Any = None,
+    compute_metrics: Any = None,
     **config: Any,
 ) -> list[dict[str, float]]:
     """Train `STEPS` steps with `library` (trl or fastkto) on copies of the models: its logs."""
@@ -103,6 +104,7 @@ def log_history(
         eval_dataset=eval_dataset,
         processing_class=tiny_tokenizer(),
         peft_config=copy.deepcopy(peft_config),
+        compute_metrics=compute_metrics,
     )
     # Some transformers divide gradients by the accumulation steps twice; fastkto prevents it.
     trainer.accelerator.gradient_accumulation_steps = 1

@@ -27,7 +27,7 @@ def check(arguments: Arguments) -> None:
             f"{args.n_gpu} GPUs are visible to this process; start one process for each with "
             "`accelerate launch -m fastkto train ...`, or choose one with CUDA_VISIBLE_DEVICES=0"
         )
-    check_arguments(model.model_name_or_path, None, args, None)
+    check_arguments(model.model_name_or_path, None, args)
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise CommandError(
             f"num_train_epochs is {args.num_train_epochs} and max_steps {args.max_steps}, so "
