@@ -1,4 +1,4 @@
-"""The command line: `fastkto train`, `fastkto plan` and `fastkto demo`."""
+"""The command line: `fastkto train`, `fastkto plan`, `fastkto demo` and `fastkto trl`."""
 
 import argparse
 import sys
@@ -20,6 +20,7 @@ from fastkto.cli.console import (
 COMMANDS = {
     "train": "train a model on rows of your own",
     "plan": "say what a run will need in memory, before anything is loaded",
+    "trl": "run TRL's command line with fastkto's trainer: fastkto trl kto ...",
     "demo": "teach a tiny model a task and improve it with KTO: no download, no GPU, 3 minutes",
 }
 
@@ -58,7 +59,7 @@ def _run(words: list[str]) -> None:
         raise CommandError(f"there is no command {command!r}; did you mean {near}?")
     else:
         show_library_logs()
-        {"train": _train, "plan": _plan, "demo": _demo}[command](words[1:])
+        {"train": _train, "plan": _plan, "trl": _trl, "demo": _demo}[command](words[1:])
 
 
 def _train(words: list[str]) -> None:
@@ -85,6 +86,15 @@ def _plan(words: list[str]) -> None:
         say(parser.format_help() if set(words) & {"-h", "--help"} else parser.format_all())
         return
     plan(*parser.parse_plan(words))
+
+
+def _trl(words: list[str]) -> None:
+    with mistakes(ImportError):
+        from fastkto.integrations.trl import run_command
+
+        status = run_command(words)
+    if status:
+        raise SystemExit(status)
 
 
 def _demo(words: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""fastkto inside the tools that people train with already."""

@@ -1,0 +1,1 @@
+"""What launchers start as a script; in a folder of its own, which they put on the import path."""

@@ -1,0 +1,104 @@
+"""fastkto inside TRL: patched scripts and `fastkto trl kto` train as TRL does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+import trl.trainer.kto_trainer
+
+import fastkto
+from fastkto.cli import main
+from fastkto.integrations.trl import patch, unpatch
+from tests.cli_files import save_model, write_rows
+
+COMPARED = ("loss", "grad_norm", "kl", "rewards/margins", "logps/chosen", "num_tokens")
+
+
+def test_names_are_fastktos_until_they_are_given_back() -> None:
+    theirs, config = trl.KTOTrainer, trl.KTOConfig
+    patch()
+    patch()
+    try:
+        from trl import KTOTrainer
+        from trl.trainer import KTOConfig
+
+        assert KTOTrainer is fastkto.KTOTrainer and KTOConfig is fastkto.KTOConfig
+        assert trl.trainer.kto_trainer.KTOTrainer is fastkto.KTOTrainer
+    finally:
+        unpatch()
+    assert trl.KTOTrainer is theirs and trl.KTOConfig is config
+    assert trl.trainer.kto_trainer.KTOTrainer is theirs
+
+
+def test_other_commands_are_trls_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trl"]) == 0
+    assert "vllm-serve" in capsys.readouterr().out
+    assert trl.KTOTrainer is not fastkto.KTOTrainer
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Arguments of a short run on files."""
+    (tmp_path / "rows").mkdir()
+    for split in ("train", "test"):
+        write_rows(tmp_path / "rows" / f"{split}.jsonl")
+    return [
+        *("--model_name_or_path", save_model(tmp_path / "model")),
+        *("--dataset_name", str(tmp_path / "rows")),
+        *("--per_device_train_batch_size", "4", "--max_steps", "3", "--logging_steps", "1"),
+        *("--learning_rate", "0.05", "--optim", "sgd", "--use_cpu", "--bf16", "false"),
+        *("--report_to", "none", "--save_steps", "3", "--eval_strategy", "steps"),
+        *("--eval_steps", "3", "--max_length", "64"),
+    ]
+
+
+def run(command: list[str], output_dir: Path) -> str:
+    path = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, *command, "--output_dir", str(output_dir)],
+        env=os.environ | path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def logs(output_dir: Path) -> list[dict[str, Any]]:
+    return json.loads((output_dir / "checkpoint-3" / "trainer_state.json").read_text())[
+        "log_history"
+    ]
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_as_trls(tmp_path: Path, files: list[str]) -> None:
+    """A YAML file, a field of fastkto's own, and what TRL's script does at its end."""
+    config = tmp_path / "config.yaml"
+    config.write_text("max_tokens_per_pass: 64\nbeta: 0.2\n")
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    run(["-m", "trl.scripts.kto", *files, "--beta", "0.2"], theirs)
+    run(["-m", "fastkto", "trl", "kto", *files, "--config", str(config)], ours)
+    for one, other in zip(logs(theirs), logs(ours), strict=True):
+        for name in COMPARED:
+            for key in (name, f"eval_{name}"):
+                assert other.get(key) == pytest.approx(one.get(key), rel=1e-4, abs=1e-5), key
+    assert "pass_efficiency" in logs(ours)[0] and "pass_efficiency" not in logs(theirs)[0]
+    assert (ours / "model.safetensors").exists() and (ours / "README.md").exists()
+
+
+@pytest.mark.slow
+def test_a_script_needs_two_lines(tmp_path: Path, files: list[str]) -> None:
+    """TRL's own script, as it is, behind them."""
+    script = tmp_path / "script.py"
+    text = Path(trl.trainer.kto_trainer.__file__).parents[1].joinpath("scripts/kto.py").read_text()
+    script.write_text(f"from fastkto.integrations.trl import patch\npatch()\n{text}")
+    run([str(script), *files, "--max_tokens_per_pass", "64"], tmp_path / "out")
+    assert "pass_efficiency" in logs(tmp_path / "out")[0]
