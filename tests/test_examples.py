@@ -8,6 +8,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from safetensors.torch import load_file
 
 from fastkto.cli import main
 from fastkto.data.load import load_rows
@@ -42,6 +43,25 @@ def test_the_script_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     variables = runpy.run_path(str(script))
     assert variables["trainer"].state.global_step == 31
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "most_lines"), [("accelerate_loop.py", 45), ("trainer_subclass.py", 30)]
+)
+def test_loops_of_ones_own_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, most_lines: int
+) -> None:
+    script = EXAMPLES / name
+    code = script.read_text().split('"""\n', 1)[1]
+    assert len(code.strip().splitlines()) <= most_lines
+    monkeypatch.chdir(EXAMPLES.parent)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    model = save_model(tmp_path / "model")
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    monkeypatch.setattr(sys, "argv", [str(script), model, str(tmp_path / "out")])
+    variables = runpy.run_path(str(script))
+    trained = variables.get("policy", variables.get("model")).state_dict()
+    assert any(not trained[key].equal(weight) for key, weight in before.items())
 
 
 def test_accelerate_takes_the_fsdp_configuration() -> None:
