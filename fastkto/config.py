@@ -10,11 +10,14 @@ from transformers.utils import is_torch_bf16_gpu_available
 from fastkto.data.pairing import KL_PAIRINGS
 from fastkto.logprob import DEFAULT_HEAD_MEMORY_MIB
 from fastkto.loss import LOSS_TYPES
+from fastkto.metrics import METRICS
 from fastkto.window import KL_SCOPES
 
 # Most tokens in a pass, unless another number is given or found.
 DEFAULT_TOKENS = 4096
-_CHOICES = ("loss_type", "kl_scope", "kl_pairing", "head", "backend", "train_sampling_strategy")
+_CHOICES = (
+    "loss_type", "kl_scope", "kl_pairing", "metrics", "head", "backend", "train_sampling_strategy",
+)  # fmt: skip
 
 
 @dataclass
@@ -181,6 +184,14 @@ class KTOConfig(TrainingArguments):
         metadata={
             "help": "Keep activations in host memory from a pass's forward to its backward, with "
             "or without gradient checkpointing."
+        },
+    )
+    metrics: str = field(
+        default="trl",
+        metadata={
+            "help": "How metrics are averaged. 'trl': over rows in a batch, then over the batches "
+            "since the last log. 'exact': over all rows since the last log, whatever their batch.",
+            "choices": list(METRICS),
         },
     )
     head: str = field(

@@ -1,7 +1,8 @@
 """Metrics: sums and counts on the device, reduced over ranks once and read once per log.
 
-Names and averaging are TRL 1.16's: a value is formed for each micro-batch over all ranks, and a
-log shows the mean of those values. A metric whose micro-batches hold no such row is left out.
+Names and, by default, averaging are TRL 1.16's: a value is formed for each micro-batch over all
+ranks, and a log shows the mean of those values. A metric whose micro-batches hold no such row is
+left out. With `metrics="exact"` it is the mean over all rows, or tokens, since the last log.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+
+METRICS = ("trl", "exact")
 
 # What a micro-batch contributes on one rank; all are sums or counts, so ranks simply add up.
 FIELDS = (
@@ -37,9 +40,10 @@ FIELDS = (
 
 
 class Metrics:
-    """Collects micro-batches and turns them into the values of a log."""
+    """Collects micro-batches and turns them into the values of a log, averaged as in `METRICS`."""
 
-    def __init__(self) -> None:
+    def __init__(self, averaging: str = "trl") -> None:
+        self._averaging = averaging
         self._micro_batches: list[Tensor] = []
 
     def add(self, sums: dict[str, Tensor | float], device: torch.device) -> None:
@@ -67,6 +71,13 @@ class Metrics:
         per_batch = [_values(sums) for sums in micro_batches]
         names = dict.fromkeys(name for values in per_batch for name in values)
         logs = {name: _mean([v[name] for v in per_batch if name in v]) for name in names}
+        if self._averaging == "exact":
+            total = {name: sum(sums[name] for sums in micro_batches) for name in FIELDS}
+            # An estimate for each micro-batch, which no sum over them replaces.
+            weights = [sums["rows"] for sums in micro_batches]
+            estimates = [values["kl"] for values in per_batch]
+            kl = sum(w * kl for w, kl in zip(weights, estimates, strict=True))
+            logs = _values(total) | {"kl": kl / max(sum(weights), 1)}
         for name in ("lone_rows", "same_prompt_rows"):
             if count := sum(sums[name] for sums in micro_batches):
                 logs[f"kl_{name}"] = count

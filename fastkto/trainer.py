@@ -205,7 +205,7 @@ class KTOTrainer(Trainer):
             ranks=self.ranks,
             **router_settings(self.model.config.get_text_config(), args),
         )
-        self._train_metrics, self._eval_metrics = Metrics(), Metrics()
+        self._train_metrics, self._eval_metrics = Metrics(args.metrics), Metrics(args.metrics)
         self._step_check = StepCheck(self.ranks.sum)
         self._repeated_rows = RepeatedRows(self.accelerator, args.dataloader_num_workers)
         self._models_are_checked = self._budget_is_found = False
