@@ -16,7 +16,8 @@ from fastkto.window import KL_SCOPES
 # Most tokens in a pass, unless another number is given or found.
 DEFAULT_TOKENS = 4096
 _CHOICES = (
-    "loss_type", "kl_scope", "kl_pairing", "metrics", "head", "backend", "train_sampling_strategy",
+    "loss_type", "kl_scope", "kl_pairing", "metrics", "nonfinite", "head", "backend",
+    "train_sampling_strategy",
 )  # fmt: skip
 
 
@@ -194,6 +195,15 @@ class KTOConfig(TrainingArguments):
             "choices": list(METRICS),
         },
     )
+    nonfinite: str = field(
+        default="error",
+        metadata={
+            "help": "A row whose log-probabilities are not finite. 'error': stop before the "
+            "optimizer steps. 'nanmean': as TRL's loss, leave rows out whose reference is NaN; "
+            "a policy or a KL estimate that is not finite stops the run all the same.",
+            "choices": ["error", "nanmean"],
+        },
+    )
     head: str = field(
         default="auto",
         metadata={
@@ -308,6 +318,11 @@ class KTOConfig(TrainingArguments):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {choices}")
 
+        if self.nonfinite == "nanmean" and self.kl_scope == "window":
+            raise ValueError(
+                "nonfinite='nanmean' leaves rows out of their batch's mean, and kl_scope='window' "
+                "has a mean over all batches of a step; use kl_scope='batch', or nonfinite='error'"
+            )
         if self.checkpoint_passes not in (None, "auto"):
             raise ValueError(
                 f"checkpoint_passes is {self.checkpoint_passes!r}; choose 'auto', or leave it out"

@@ -25,6 +25,14 @@ from fastkto.reference_cache import ReferenceCache
 from fastkto.router import balancing_loss, expert_counts
 from fastkto.window import PairedBatch
 
+# What is asked of each row; the last two only where there is a KL estimate.
+SCORES = (
+    "the policy",
+    "the reference",
+    "the policy on another row's completion",
+    "the reference on another row's completion",
+)
+
 
 @dataclass
 class StepSettings:
@@ -50,9 +58,10 @@ class BatchLoss:
     """The loss of one device batch of `B` rows, in parts that add up to the mean over its rows.
 
     `plan` lists the passes. `pass_loss` runs one of them; once all have run, `sums` holds the
-    batch's metrics and `finite` says which rows' scores are finite. The first `counted` rows count
-    in the KL estimate and the metrics: all but those that fill a last evaluation batch. What its
-    parts need besides gradients, `fastkto.window_scores.score_window` fills in.
+    batch's metrics and `scores` the log-probabilities of each row, as in `SCORES`. The first
+    `counted` rows count in the KL estimate and the metrics: all but those that fill a last
+    evaluation batch. What its parts need besides gradients,
+    `fastkto.window_scores.score_window` fills in.
     """
 
     reference_logprob: Tensor  # [B] fp64, nats
@@ -78,7 +87,7 @@ class BatchLoss:
             self.leave_out_mismatched()
         index_B = torch.arange(len(self.rows), device=self.is_desirable.device)
         self.counted = (index_B < counted).double()
-        self.finite = torch.ones_like(self.is_desirable)
+        self.scores = self.counted.new_zeros(len(SCORES), len(self.rows))  # [4, B] fp64, nats
         self.num_rows: float = len(self.rows)  # what the sum of the rows' losses is divided by
         self.kl: Tensor | None = None
         self.expert_counts: Tensor | None = None
@@ -91,6 +100,18 @@ class BatchLoss:
     def leave_out_mismatched(self) -> None:
         """Score the matched sequences alone: there is no KL estimate, or the pairs will change."""
         self.paired_rows, self.mismatched = [], []
+
+    def leave_out_nan(self) -> None:
+        """Take no loss, gradient or metric from rows whose reference score is NaN.
+
+        Waits for the device. TRL's `nanmean` takes no loss from them, and a gradient of NaN.
+        """
+        is_nan = self.reference_logprob.isnan()
+        # So far from the policy that the row's loss and its gradient are 0.
+        far = torch.where(self.is_desirable, -1e30, 1e30).double()
+        self.reference_logprob = torch.where(is_nan, far, self.reference_logprob)
+        self.counted = self.counted * ~is_nan
+        self.num_rows = max(self.num_rows - is_nan.sum().item(), 1)
 
     def known_reference(self) -> tuple[Tensor, Tensor] | None:
         """The reference's scores of `matched` and `mismatched`, fp64, if the batch brought them."""
@@ -185,7 +206,8 @@ class BatchLoss:
     @torch.no_grad()
     def _record(self, pass_: Pass, scores: Any, result: KTOLoss) -> None:
         counted, desirable = self.counted[pass_.rows], self.is_desirable[pass_.rows]
-        self.finite[pass_.rows] &= torch.isfinite(result.log_ratio)
+        self.scores[0, pass_.rows] = result.logprob
+        self.scores[1, pass_.rows] = self.reference_logprob[pass_.rows]
         self.add(
             loss_sum=(result.row_loss * counted).sum(),
             rows=counted.sum(),

@@ -206,7 +206,7 @@ class KTOTrainer(Trainer):
             **router_settings(self.model.config.get_text_config(), args),
         )
         self._train_metrics, self._eval_metrics = Metrics(args.metrics), Metrics(args.metrics)
-        self._step_check = StepCheck(self.ranks.sum)
+        self._step_check = StepCheck(self.ranks, args.output_dir)
         self._repeated_rows = RepeatedRows(self.accelerator, args.dataloader_num_workers)
         self._models_are_checked = self._budget_is_found = False
         self.add_callback(TokenCount())
@@ -362,7 +362,7 @@ class KTOTrainer(Trainer):
         metrics = self._train_metrics if training else self._eval_metrics
         metrics.add(sums, self.args.device)
         tokens = batch_loss.num_tokens if training else 0
-        self._step_check.add(batch_loss.rows, batch_loss.finite, tokens)
+        self._step_check.add(batch_loss, tokens)
 
     def _check_step(self) -> None:
         self._token_count.num_tokens += self._step_check.read(self.state.global_step)

@@ -185,9 +185,11 @@ def _score(settings: StepSettings, losses: Sequence[BatchLoss], jobs: _Jobs) -> 
     sizes = [len(loss.matched) for loss in losses]
     for loss, part in zip(losses, logprob[: sum(sizes)].split(sizes), strict=True):
         loss.reference_logprob = part
+        if settings.args.nonfinite == "nanmean":
+            loss.leave_out_nan()
     for job in jobs.policy:
         policy_logprob = _logprobs(losses[0], settings.policy, job, "policy")
-        _estimate_kl(settings, losses, policy_logprob - logprob[sum(sizes) :])
+        _estimate_kl(settings, losses, torch.stack([policy_logprob, logprob[sum(sizes) :]]))
 
 
 def _reference_logprobs(settings: StepSettings, losses: Sequence[BatchLoss], jobs: _Jobs) -> Tensor:
@@ -207,17 +209,22 @@ def _logprobs(loss: BatchLoss, model: nn.Module, job: _Job, of: str) -> Tensor:
     return sequence_logprobs(model, *job, device=device, of=of, backend=backend)
 
 
-def _estimate_kl(settings: StepSettings, losses: Sequence[BatchLoss], log_ratio: Tensor) -> None:
+def _estimate_kl(
+    settings: StepSettings,
+    losses: Sequence[BatchLoss],
+    logprob: Tensor,  # [2, B'] fp64: the policy's and the reference's of mismatched sequences
+) -> None:
     """`max(0, mean log-ratio of the mismatched sequences)`, over the rows of all ranks.
 
     In the scope "batch" those of one micro-batch, in the scope "window" those of all.
     """
-    parts = log_ratio.split([len(loss.mismatched) for loss in losses])
+    parts = logprob.split([len(loss.mismatched) for loss in losses], dim=1)
     table = []
     for loss, part in zip(losses, parts, strict=True):
         paired = move_index(torch.tensor(loss.paired_rows, dtype=torch.int64), part)
-        loss.finite[paired] &= torch.isfinite(part)
-        table.append(torch.stack([part.sum(), torch.full_like(part.sum(), len(part))]))
+        loss.scores[2:, paired] = part
+        kl_sum = (part[0] - part[1]).sum()
+        table.append(torch.stack([kl_sum, torch.full_like(kl_sum, part.shape[1])]))
     local = torch.stack(table)  # [micro-batches, 2]
     if settings.args.kl_scope == "window":
         local = local.sum(0).expand_as(local)

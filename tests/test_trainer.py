@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -449,8 +450,14 @@ def test_row_that_is_not_finite_is_named_before_the_optimizer_steps(tmp_path: Pa
         train_dataset=Dataset.from_list(rows),
     )
     # Row 7 is paired with row 6's completion. The first batch holds neither.
-    with pytest.raises(FloatingPointError, match=r"rows \[6, 7\] of the data set are not finite"):
+    text = r"in step 1, of the policy: rows \[6\]; the policy on another row's completion: rows "
+    with pytest.raises(FloatingPointError, match=text + r"\[7\]"):
         run.train()
+    written = (tmp_path / "not_finite_step_1.jsonl").read_text().splitlines()
+    first, second = map(json.loads, written)
+    assert first["row"] == 6 and first["not_finite"] == {"the policy": "nan"}
+    assert first["completion_ids"][-2] == token and token not in first["other_completion_ids"]
+    assert second["row"] == 7 and token in second["other_completion_ids"]
     assert run.state.global_step == 1
     assert run.model.lm_head.weight.isfinite().all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 import fastkto.step
-from tests.models import FAMILIES, tiny_model
+from tests.models import FAMILIES, tiny_model, tiny_tokenizer
 from tests.trl_runs import (
     assert_equal_logs,
     both,
@@ -20,6 +21,7 @@ from tests.trl_runs import (
     text_rows,
 )
 
+APO = "apo_zero_unpaired"
 SMALL_PASSES = {"max_tokens_per_pass": 64}  # several passes for each batch, some of one long row
 
 
@@ -213,3 +215,27 @@ def test_compute_metrics_gets_the_same_logits(tmp_path: Path) -> None:
     expected, actual = both(tmp_path, **models(), **run, compute_metrics=next_token_accuracy)
     assert_equal_logs(expected, actual)
     assert any("eval_logit" in log for log in actual)
+
+
+def test_nanmean_leaves_a_row_without_a_reference_out(tmp_path: Path) -> None:
+    """TRL's loss does the same; its gradient is NaN, and ours is that of the other rows."""
+    # The shortest comes third, since heads are checked on the longest ones.
+    rows = sorted(text_rows(4).to_list(), key=lambda row: -len(row["prompt"] + row["completion"]))
+    rows = [*rows[:2], rows[3], rows[2]]
+    run = {"train_dataset": Dataset.from_list(rows), "max_steps": 1, "loss_type": APO}
+    run |= {"max_grad_norm": 0.0}
+    others = {**run, "train_dataset": Dataset.from_list(rows[:2] + rows[3:])}
+    others |= {"per_device_train_batch_size": 3}
+    rows[2]["completion"] += " ~"  # a token that no other row has
+    run["train_dataset"] = Dataset.from_list(rows)
+    pair = models()
+    token = tiny_tokenizer().convert_tokens_to_ids("~")
+    with torch.no_grad():
+        pair["ref_model"].get_input_embeddings().weight[token] = float("nan")
+    expected, actual = both(tmp_path, {"nonfinite": "nanmean"}, **pair, **run)
+    _, without = both(tmp_path, **pair, **others)
+    assert actual[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
+    assert actual[0]["loss"] == pytest.approx(without[0]["loss"], rel=1e-5)
+    assert actual[0]["grad_norm"] == pytest.approx(without[0]["grad_norm"], rel=1e-5)
+    assert actual[0]["rewards/chosen"] == pytest.approx(without[0]["rewards/chosen"], rel=1e-5)
+    assert math.isnan(expected[0]["grad_norm"])
