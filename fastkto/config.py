@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from fastkto.data.batch import TRUNCATION_MODES
 from fastkto.data.pairing import KL_PAIRINGS
 from fastkto.logprob import DEFAULT_HEAD_MEMORY_MIB
 from fastkto.loss import LOSS_TYPES
@@ -16,8 +17,8 @@ from fastkto.window import KL_SCOPES
 # Most tokens in a pass, unless another number is given or found.
 DEFAULT_TOKENS = 4096
 _CHOICES = (
-    "loss_type", "kl_scope", "kl_pairing", "metrics", "nonfinite", "head", "backend",
-    "train_sampling_strategy",
+    "truncation_mode", "loss_type", "kl_scope", "kl_pairing", "metrics", "nonfinite", "head",
+    "backend", "train_sampling_strategy",
 )  # fmt: skip
 
 
@@ -79,8 +80,17 @@ class KTOConfig(TrainingArguments):
     max_length: int | None = field(
         default=1024,
         metadata={
-            "help": "Longest sequence, in tokens; the end of longer ones is cut. "
+            "help": "Longest sequence, in tokens; longer ones are cut (truncation_mode). "
             "None (null in YAML): any."
+        },
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={
+            "help": "What is kept of a longer sequence. 'keep_start': as in TRL the completion's "
+            "end is cut, and rows whose prompt leaves no room are dropped. 'keep_end': the "
+            "prompt's beginning is cut, and no row is dropped.",
+            "choices": list(TRUNCATION_MODES),
         },
     )
 

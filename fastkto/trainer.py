@@ -157,7 +157,7 @@ class KTOTrainer(Trainer):
             model=policy,
             args=args,
             data_collator=(
-                KTOCollator(args.max_length)
+                KTOCollator(args.max_length, args.truncation_mode)
                 if data_collator is None
                 else RaggedCollator(data_collator)
             ),

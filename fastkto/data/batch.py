@@ -7,6 +7,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -19,9 +20,15 @@ _SEQUENCE_KEYS = ("input_ids", "prompt_lengths", "completion_lengths", "prompt_k
 _ROW_COLUMNS = ("prompt_ids", "completion_ids", "label", "row")
 
 
+TRUNCATION_MODES = ("keep_start", "keep_end")
+
+
 @dataclass(frozen=True)
 class KTOCollator:
     """Rows of `prepare_rows` to one ragged batch, without padding.
+
+    What is longer than `max_length` loses the end of its completion ("keep_start"), or the
+    beginning of its prompt ("keep_end").
 
     The batch is a dict:
         label: [B] bool
@@ -32,16 +39,22 @@ class KTOCollator:
         prompt_lengths, completion_lengths: tokens of each row
         prompt_keys: `prompt_key` of each row's prompt; equal keys mean that one prompt is read for
             all their completions
+        truncation_mode: as given; a batch without it is cut as with "keep_start"
     Lists of integers stay on the CPU when the batch moves to a device, so that rows are paired and
     passes planned without waiting for the device. `label` comes first: accelerate reads the batch
     size from it.
     """
 
     max_length: int | None
+    truncation_mode: str = "keep_start"
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}; it must be 1 or more, or None")
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ValueError(
+                f"truncation_mode is {self.truncation_mode!r}; choose from {list(TRUNCATION_MODES)}"
+            )
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for row in rows:
@@ -51,7 +64,9 @@ class KTOCollator:
                     "pass the data set through fastkto.data.rows.prepare_rows first"
                 )
         prompts = [row["prompt_ids"] for row in rows]
-        completions = [row["completion_ids"][: self.max_length] for row in rows]
+        most = self.max_length
+        kept = slice(most) if self.truncation_mode == "keep_start" else slice(-(most or 0), None)
+        completions = [row["completion_ids"][kept] for row in rows]
         batch = {
             "label": torch.tensor([row["label"] for row in rows], dtype=torch.bool),
             "input_ids": _flatten([*chain(*zip(prompts, completions, strict=True))]),
@@ -59,6 +74,7 @@ class KTOCollator:
             "prompt_lengths": [len(ids) for ids in prompts],
             "completion_lengths": [len(ids) for ids in completions],
             "prompt_keys": [prompt_key(ids) for ids in prompts],
+            "truncation_mode": self.truncation_mode,
         }
         _check_lengths(batch, self.max_length)
         return batch
@@ -114,8 +130,9 @@ def check_batch(batch: Any, max_length: int | None) -> None:
 def _check_lengths(batch: dict[str, Any], max_length: int | None) -> None:
     """Every row has a completion, and room for a token of it behind its prompt."""
     lengths = zip(batch["prompt_lengths"], batch["completion_lengths"], strict=True)
+    limit = None if _keeps_end(batch) else max_length
     for row, (prompt, completion) in zip(batch["rows"], lengths, strict=True):
-        if prompt < 0 or completion < 1 or (max_length is not None and prompt >= max_length):
+        if prompt < 0 or completion < 1 or (limit is not None and prompt >= limit):
             raise ValueError(
                 f"row {row} has {prompt} prompt and {completion} completion tokens, which leaves "
                 f"no completion within max_length={max_length}; prepare the data set with the "
@@ -149,8 +166,9 @@ class TokenSequence(NamedTuple):
 
 def matched_sequences(batch: dict[str, Any], max_length: int | None) -> list[TokenSequence]:
     """Each row's prompt with its own completion: `B` sequences of at most `max_length` tokens."""
+    form = partial(_form, max_length=max_length, keep_end=_keeps_end(batch))
     return [
-        _form(prompt, completion, key, max_length)
+        form(prompt, completion, key)
         for (prompt, completion), key in zip(split_rows(batch), batch["prompt_keys"], strict=True)
     ]
 
@@ -159,9 +177,10 @@ def mismatched_sequences(
     batch: dict[str, Any], partners: Sequence[Tensor | None], max_length: int | None
 ) -> list[TokenSequence | None]:
     """Each row's prompt with its partner's completion, as `pair_window` gives it; None without."""
+    form = partial(_form, max_length=max_length, keep_end=_keeps_end(batch))
     rows = zip(split_rows(batch), partners, batch["prompt_keys"], strict=True)
     return [
-        None if partner is None else _form(prompt, partner, key, max_length)
+        None if partner is None else form(prompt, partner, key)
         for (prompt, _), partner, key in rows
     ]
 
@@ -184,10 +203,25 @@ def _alternating_lengths(batch: dict[str, Any]) -> list[int]:
     return [*chain(*zip(batch["prompt_lengths"], batch["completion_lengths"], strict=True))]
 
 
+def _keeps_end(batch: dict[str, Any]) -> bool:
+    return batch.get("truncation_mode") == "keep_end"
+
+
 def _form(
-    prompt: Tensor, completion: Tensor, prompt_key: int, max_length: int | None
+    prompt: Tensor,
+    completion: Tensor,
+    prompt_key: int,
+    *,
+    max_length: int | None,
+    keep_end: bool,
 ) -> TokenSequence:
-    if max_length is not None:
+    if max_length is not None and keep_end:
+        completion = completion[-max_length:]
+        room = max_length - len(completion)
+        if len(prompt) > room:
+            # Prompts that are cut alike are read once for all their completions.
+            prompt, prompt_key = prompt[len(prompt) - room :], hash((prompt_key, room))
+    elif max_length is not None:
         # A negative end would cut elsewhere; check_batch has refused prompts that leave no room.
         assert len(prompt) < max_length, (len(prompt), max_length)
         completion = completion[: max_length - len(prompt)]

@@ -46,6 +46,7 @@ def prepare_data(
             dataset,
             tokenizer,
             max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
             num_proc=args.dataset_num_proc,
             name=name,
         )

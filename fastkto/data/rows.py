@@ -43,8 +43,8 @@ class RowReport:
     """What became of the rows of one data set.
 
     `read` counts the user's rows; everything else counts rows after pairs were split in two.
-    `dropped` rows have a prompt that fills `max_length` alone, `cut` ones a completion that does
-    not fit, `merged` ones a prompt whose end is tokenised differently once the completion follows.
+    `dropped` rows have a prompt that fills `max_length` alone, `cut` ones more tokens than that,
+    `merged` ones a prompt whose end is tokenised differently once the completion follows.
     """
 
     name: str
@@ -94,6 +94,7 @@ def prepare_rows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None,
+    truncation_mode: str = "keep_start",
     num_proc: int | None = None,
     name: str = "train",
 ) -> tuple[Dataset | IterableDataset, RowReport | None]:
@@ -125,7 +126,7 @@ def prepare_rows(
     tokenise = Tokenise(tokenizer, row_format, source_digest())
     if isinstance(dataset, IterableDataset):
         stream = dataset.map(
-            TokeniseStream(tokenise, max_length, name),
+            TokeniseStream(tokenise, max_length, truncation_mode, name),
             batched=True,
             batch_size=PAIR_BLOCK if row_format.paired else STREAM_BLOCK,
             with_indices=True,
@@ -144,11 +145,16 @@ def prepare_rows(
         num_proc=num_proc,
         desc=f"Tokenising the {name} data",
     )
-    return _finish(rows, row_format, len(dataset), max_length, name)
+    return _finish(rows, row_format, len(dataset), max_length, truncation_mode, name)
 
 
 def _finish(
-    rows: Dataset, row_format: RowFormat, read: int, max_length: int | None, name: str
+    rows: Dataset,
+    row_format: RowFormat,
+    read: int,
+    max_length: int | None,
+    truncation_mode: str,
+    name: str,
 ) -> tuple[Dataset, RowReport]:
     """Add `length`, put pairs in TRL's order, drop rows without room for a completion."""
     prompts, completions = _list_lengths(rows, "prompt_ids"), _list_lengths(rows, "completion_ids")
@@ -159,7 +165,8 @@ def _finish(
         logger.warning(merged_warning(name, which))
     full = prompts + completions
     length = full if max_length is None else np.minimum(full, max_length)
-    fits = prompts < length  # a completion is never empty, so this drops full prompts only
+    # A completion is never empty, so this drops full prompts only.
+    fits = (prompts < length) | (truncation_mode == "keep_end")
     if not fits.any():
         raise ValueError(
             f"all {len(fits):,} rows of the {name} data are too long: their prompts have "

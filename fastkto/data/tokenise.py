@@ -100,10 +100,14 @@ class Tokenise:
 
 @dataclass(frozen=True)
 class TokeniseStream:
-    """`Tokenise` for `IterableDataset.map`: checks rows, adds `length`, drops long prompts."""
+    """`Tokenise` for `IterableDataset.map`: checks rows, adds `length`, drops long prompts.
+
+    Not with "keep_end", which cuts those.
+    """
 
     tokenise: Tokenise
     max_length: int | None
+    truncation_mode: str
     name: str
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -119,8 +123,9 @@ class TokeniseStream:
         del columns["merged"]
         limit = math.inf if self.max_length is None else self.max_length
         columns["length"] = [min(p + c, limit) for p, c in zip(prompts, completions, strict=True)]
+        fits = [p < limit or self.truncation_mode == "keep_end" for p in prompts]
         return {
-            column: [value for value, prompt in zip(values, prompts, strict=True) if prompt < limit]
+            column: [value for value, fit in zip(values, fits, strict=True) if fit]
             for column, values in columns.items()
         }
 
