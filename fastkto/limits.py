@@ -73,6 +73,16 @@ def check_arguments(model: Any, ref_model: Any, args: KTOConfig) -> None:
             f"gradient_accumulation_steps={args.gradient_accumulation_steps} micro-batches would "
             "have a KL estimate of other weights; use 1, or another optimizer"
         )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor is {args.label_smoothing_factor}, and KTO has no labels to "
+            "smooth; leave it out"
+        )
+    if args.ddp_static_graph:
+        raise ValueError(
+            "ddp_static_graph=True promises that all steps are alike, and steps differ in their "
+            "number of passes; leave it out"
+        )
     if args.use_liger_kernel:
         raise ValueError(
             "use_liger_kernel=True replaces the model's forward, which scores sequences here; "

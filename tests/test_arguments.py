@@ -1,5 +1,6 @@
 """What a KTOConfig takes over from other arguments, and what it refuses of TRL's fields."""
 
+import inspect
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import TrainingArguments
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.config import DEFAULT_TOKENS
 from tests.models import tiny_model, tiny_tokenizer
+from tests.test_trainer import trainer
 from tests.trl_runs import text_rows
 
 
@@ -87,3 +89,25 @@ def test_numbers_may_be_text_as_a_command_line_gives_them(tmp_path: Path) -> Non
     assert KTOConfig(str(tmp_path), max_tokens_per_pass="512").max_tokens_per_pass == 512
     assert KTOConfig(str(tmp_path), max_tokens_per_pass=None).grad_tokens == DEFAULT_TOKENS
     assert KTOConfig(str(tmp_path), pad_to_multiple_of=None).pad_to_multiple_of is None
+
+
+def test_the_docs_list_every_field_and_argument() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "from-trl.md").read_text()
+    arguments = set(inspect.signature(trl.KTOTrainer.__init__).parameters) - {"self"}
+    names = {one.name for one in fields(KTOConfig)} | {one.name for one in fields(trl.KTOConfig)}
+    missing = [name for name in sorted(names | arguments) if f"`{name}" not in page]
+    assert not missing
+
+
+def test_torch_compile_trains_the_same(tmp_path: Path) -> None:
+    """With a backend that needs no C compiler."""
+    logs = []
+    for name, fields_ in (("plain", {}), ("compiled", {"torch_compile": True})):
+        if fields_:
+            fields_["torch_compile_backend"] = "eager"
+        run = trainer(tmp_path / name, max_steps=2, max_tokens_per_pass=4096, **fields_)
+        run.train()
+        logs.append(run.state.log_history)
+    for one, other in zip(*logs, strict=True):
+        for key in ("loss", "grad_norm", "kl"):
+            assert one.get(key) == pytest.approx(other.get(key), abs=1e-5), key

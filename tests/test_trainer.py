@@ -626,6 +626,8 @@ def test_same_model_twice_is_refused(tmp_path: Path) -> None:
             {"per_device_eval_batch_size": 1, "eval_dataset": text_rows(4)},
             "per_device_eval_batch_size is 1",
         ),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, and KTO has no labels"),
+        ({"ddp_static_graph": True}, "ddp_static_graph=True promises that all steps are alike"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True replaces the model's forward"),
         ({"quantization_config": object()}, "quantization_config applies when a model is loaded"),
         ({"router_aux_loss_coef": 0.1}, "LlamaConfig has no router logits"),
