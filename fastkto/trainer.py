@@ -23,6 +23,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from fastkto.checkpoint_passes import needs_checkpointing, turn_off_checkpointing
+from fastkto.checkpoints import last_whole_checkpoint
 from fastkto.config import KTOConfig
 from fastkto.data.batch import KTOCollator, check_batch
 from fastkto.data.padded import RaggedCollator, from_padded, is_padded
@@ -413,6 +414,17 @@ class KTOTrainer(Trainer):
         return output
 
     # ---- Checkpoints and the hub ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in `Trainer`; True resumes from the last checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint is True, and {self.args.output_dir} has no whole "
+                    "checkpoint; leave it out to start from the beginning"
+                )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def create_model_card(
         self,

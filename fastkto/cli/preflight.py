@@ -4,9 +4,9 @@ import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
 
-from transformers import TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 
+from fastkto.checkpoints import is_whole, last_whole_checkpoint
 from fastkto.cli.arguments import Arguments, ModelArguments
 from fastkto.cli.console import CommandError, mistakes
 from fastkto.config import KTOConfig
@@ -104,26 +104,13 @@ def resume_from(args: KTOConfig) -> str | None:
     if asked.lower() == "false":
         return None
     if asked.lower() != "true":
-        if not _is_whole(Path(asked)):
+        if not is_whole(asked):
             raise CommandError(f"--resume_from_checkpoint: {asked} is no checkpoint's folder")
         return asked
-    steps = {
-        int(folder.name.removeprefix("checkpoint-")): folder
-        for folder in Path(str(args.output_dir)).glob("checkpoint-*")
-        if folder.name.removeprefix("checkpoint-").isdecimal() and _is_whole(folder)
-    }
-    if not steps:
+    last = last_whole_checkpoint(str(args.output_dir))
+    if last is None:
         raise CommandError(
             f"--resume_from_checkpoint: there is no checkpoint in {args.output_dir}; leave the "
             "flag out to start from the beginning"
         )
-    return str(steps[max(steps)])
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether a checkpoint was written to its end, of which the trainer's state is the last."""
-    try:
-        TrainerState.load_from_json(str(folder / "trainer_state.json"))
-    except (OSError, ValueError):
-        return False
-    return True
+    return last

@@ -1,0 +1,135 @@
+"""Runs that are killed again and again, at random moments of each phase, log as whole ones do."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastkto.precompute
+from fastkto import KTOTrainer
+from fastkto.checkpoints import last_whole_checkpoint
+from fastkto.cli import main
+from tests.cli_files import read_logs, save_model, write_rows
+from tests.trl_runs import text_rows
+
+STEPS, KILLS = 16, 7  # of each phase
+TIMES = ("runtime", "per_second", "ref_cache")  # in the names of what may differ
+# Each phase's function, and how long it takes about.
+PHASES: dict[str, tuple[Any, str, float]] = {
+    "precompute": (fastkto.precompute, "score_reference", 0.05),
+    "step": (KTOTrainer, "training_step", 0.05),
+    "save": (KTOTrainer, "_save_checkpoint", 0.05),
+}
+
+
+def start(argv: list[str], phase: str | None = None, skip: int = 0) -> tuple[int, int]:
+    """Run the command line in a copy of this process: (its id, a pipe).
+
+    A byte comes through the pipe when `phase` begins for the time `skip`.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writer)
+        return child, reader
+    status = 1
+    try:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        torch.set_num_threads(1)
+        if phase is not None:
+            owner, name, _ = PHASES[phase]
+            setattr(owner, name, announced(getattr(owner, name), writer, skip))
+        status = main(argv)
+    finally:
+        os._exit(status)
+
+
+def announced(function: Callable[..., Any], writer: int, skip: int) -> Callable[..., Any]:
+    calls = 0
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        if calls == skip:
+            os.write(writer, b"x")
+        calls += 1
+        return function(*args, **kwargs)
+
+    return call
+
+
+def kill_in(phase: str, argv: list[str], generator: random.Random) -> None:
+    """Start a run and end it with SIGKILL at a random moment of the phase."""
+    child, reader = start(argv, phase, skip=generator.randrange(3))
+    try:
+        assert os.read(reader, 1) == b"x", f"the run ended before it came to its {phase}"
+        time.sleep(generator.uniform(0, PHASES[phase][2]))
+        os.kill(child, signal.SIGKILL)
+    finally:
+        _, status = os.waitpid(child, 0)
+        os.close(reader)
+    assert os.WIFSIGNALED(status), f"the run ended in the {phase} before it was killed"
+
+
+def training_logs(output_dir: Path) -> list[dict[str, float]]:
+    logs = [log for log in read_logs(output_dir) if "loss" in log]
+    return [{k: v for k, v in log.items() if not any(t in k for t in TIMES)} for log in logs]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_killed_runs_go_on(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    argv = ["train", "--model", model]
+    argv += ["--data", write_rows(tmp_path / "rows.jsonl", text_rows(STEPS * 4).to_list())]
+    argv += [f"--max_steps={STEPS}", "--logging_steps=1", "--save_steps=2", "--learning_rate=1e-3"]
+    argv += ["--per_device_train_batch_size=4", "--precompute_ref_log_probs", "--report_to=none"]
+    argv += ["--save_total_limit=3"]
+
+    def arguments(name: str) -> list[str]:
+        return [*argv, f"--output_dir={tmp_path / name}", f"--reference_cache={tmp_path / name}c"]
+
+    child, reader = start(arguments("whole"))
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(reader)
+
+    generator = random.Random(0)
+    killed = tmp_path / "killed"
+    for phase in PHASES:
+        for _ in range(KILLS):
+            checkpoint = last_whole_checkpoint(killed)
+            if checkpoint is not None and int(checkpoint.rpartition("-")[2]) > STEPS - 8:
+                shutil.rmtree(killed)  # so that there is something left to be killed in
+                checkpoint = None
+            resume = [] if checkpoint is None else ["--resume_from_checkpoint"]
+            kill_in(phase, [*arguments("killed"), *resume], generator)
+    resume = ["--resume_from_checkpoint"] if last_whole_checkpoint(killed) else []
+    child, reader = start([*arguments("killed"), *resume])
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(reader)
+
+    expected, logs = training_logs(tmp_path / "whole"), training_logs(killed)
+    assert [log["step"] for log in logs] == list(range(1, STEPS + 1))
+    for log, expected_log in zip(logs, expected, strict=True):
+        assert log == pytest.approx(expected_log, rel=1e-6, abs=1e-9)
+
+
+def test_resuming_passes_over_a_checkpoint_that_is_not_whole(tmp_path: Path) -> None:
+    for step, state in ((2, True), (4, True), (6, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state:
+            (folder / "trainer_state.json").write_text("{}" if step == 2 else "{")
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_whole_checkpoint(tmp_path / "nowhere") is None
