@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.data.batch import KTOCollator
@@ -621,25 +621,12 @@ def test_same_model_twice_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"per_device_train_batch_size": 1}, "per_device_train_batch_size is 1"),
         (
             {"per_device_eval_batch_size": 1, "eval_dataset": text_rows(4)},
             "per_device_eval_batch_size is 1",
         ),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, and KTO has no labels"),
-        ({"ddp_static_graph": True}, "ddp_static_graph=True promises that all steps are alike"),
-        ({"use_liger_kernel": True}, "use_liger_kernel=True replaces the model's forward"),
         ({"quantization_config": object()}, "quantization_config applies when a model is loaded"),
         ({"router_aux_loss_coef": 0.1}, "LlamaConfig has no router logits"),
-        ({"model_init_kwargs": {"dtype": "int3"}}, "dtype is 'int3'; choose from"),
-        ({"beta": -0.1}, "beta is -0.1; it must be 0 or more"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan; it must be 0 or more"),
-        ({"desirable_weight": -1.0}, "desirable_weight is -1.0"),
-        ({"max_tokens_per_pass": 0}, "max_tokens_per_pass is 0; it must be 1 or more"),
-        ({"loss_type": "bco"}, "loss_type is 'bco'; choose from"),
-        ({"head": "fast"}, "head is 'fast'; choose from"),
-        ({"backend": "cuda"}, "backend is 'cuda'; choose from"),
-        ({"train_sampling_strategy": "sorted"}, "train_sampling_strategy is 'sorted'"),
     ],
 )
 def test_argument_is_refused(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -676,10 +663,10 @@ def test_uneven_batches_are_refused_on_several_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = config(tmp_path, accelerator_config={"even_batches": False})
-    check_arguments("path", None, args, None)
+    check_arguments("path", None, args)
     monkeypatch.setattr(KTOConfig, "world_size", 2)
     with pytest.raises(ValueError, match="even_batches=False, and ranks with fewer batches"):
-        check_arguments("path", None, args, None)
+        check_arguments("path", None, args)
 
 
 def test_reference_that_shares_weights_is_refused(tmp_path: Path) -> None:
@@ -697,8 +684,8 @@ def test_policy_without_trainable_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_foreign_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="args is a TrainingArguments; pass a fastkto.KTOConfig"):
-        KTOTrainer(model=tiny_model("llama"), args=TrainingArguments(output_dir=str(tmp_path)))
+    with pytest.raises(TypeError, match="args is a dict; pass a fastkto.KTOConfig, or any Train"):
+        KTOTrainer(model=tiny_model("llama"), args={"output_dir": str(tmp_path)})
 
 
 def test_second_adapter_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,204 @@
+"""Bad settings and rows, each through Python and through the command line: its own sentence.
+
+No weights are loaded before the sentence comes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from datasets import Dataset
+
+from fastkto import KTOConfig, KTOTrainer
+from fastkto.cli import main
+from tests.cli_files import save_model, write_rows
+from tests.models import tiny_tokenizer
+from tests.row_data import assistant, user
+from tests.trl_runs import text_rows
+
+
+class Bad(NamedTuple):
+    """Settings, or rows, and the beginning of what is said about them."""
+
+    sentence: str
+    settings: dict[str, Any] = {}
+    rows: list[dict[str, Any]] | None = None
+    on_the_command_line: str | None = None  # where it is another sentence
+
+
+def choice(name: str, value: str) -> Bad:
+    return Bad(f"{name} is {value!r}", {name: value}, None, f"--{name}: {value!r} is none of")
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "a:", "completion": " b", "label": True, **changes}
+
+
+def of_rows(sentence: str, *rows: dict[str, Any]) -> Bad:
+    return Bad(f"in the train data, counted from row 0, {sentence}", rows=list(rows))
+
+
+GOOD, PAIR = row(), {"prompt": "p", "chosen": "a", "rejected": "b"}
+TOKENS = {"prompt_ids": [1], "completion_ids": [2], "label": True}
+CHAT = {"prompt": user("q"), "completion": assistant("a"), "label": True}
+SETTINGS = [
+    Bad("beta is -1.0; it must be 0 or more", {"beta": -1.0}),
+    Bad("beta is nan; it must be 0 or more", {"beta": float("nan")}),
+    Bad("beta is inf; it must be 0 or more", {"beta": float("inf")}),
+    Bad("beta is 0, so that nothing would be learned", {"beta": 0.0}),
+    Bad("learning_rate is -0.1; it must be 0", {"learning_rate": -0.1}),
+    Bad("learning_rate is nan; it must be 0", {"learning_rate": float("nan")}),
+    Bad("desirable_weight is -2.0; it must be", {"desirable_weight": -2.0}),
+    Bad("undesirable_weight is -3.0; it must be", {"undesirable_weight": -3.0}),
+    Bad(
+        "desirable_weight and undesirable_weight is 0, so that nothing",
+        {"desirable_weight": 0.0, "undesirable_weight": 0.0},
+    ),
+    Bad(
+        "max_tokens_per_pass is 'many'; give a number",
+        {"max_tokens_per_pass": "many"},
+        on_the_command_line="--max_tokens_per_pass: 'many' is neither a number nor auto",
+    ),
+    Bad("max_tokens_per_pass is 0; it must be 1", {"max_tokens_per_pass": 0}),
+    Bad("head_memory_mib is 0; it must be 1", {"head_memory_mib": 0}),
+    Bad("max_length is 0; it must be 1", {"max_length": 0}),
+    Bad(
+        "precompute_ref_batch_size is 0; it must be 1",
+        {"precompute_ref_batch_size": 0, "precompute_ref_log_probs": True},
+    ),
+    Bad("ref_model_sync_steps is 0; it must be 1", {"ref_model_sync_steps": 0}),
+    Bad("gradient_accumulation_steps is 0; it must", {"gradient_accumulation_steps": 0}),
+    Bad("per_device_train_batch_size is 0; it must", {"per_device_train_batch_size": 0}),
+    Bad("per_device_eval_batch_size is 0; it must", {"per_device_eval_batch_size": 0}),
+    Bad(
+        "per_device_train_batch_size is 1 and loss_type='kto' estimates",
+        {"per_device_train_batch_size": 1},
+    ),
+    Bad(
+        "reference_cache is 'somewhere', but nothing is cached",
+        {"reference_cache": "somewhere"},
+    ),
+    Bad("ref_model_mixup_alpha is 0.0; it must be", {"ref_model_mixup_alpha": 0.0}),
+    Bad("ref_model_mixup_alpha is 2.0; it must be", {"ref_model_mixup_alpha": 2.0}),
+    Bad(
+        "sync_ref_model=True changes the reference while training",
+        {"sync_ref_model": True, "precompute_ref_log_probs": True},
+    ),
+    Bad("pad_to_multiple_of is 8, and passes hold no padding", {"pad_to_multiple_of": 8}),
+    choice("loss_type", "dpo"),
+    choice("kl_scope", "epoch"),
+    choice("kl_pairing", "random"),
+    choice("metrics", "best"),
+    choice("nonfinite", "ignore"),
+    choice("truncation_mode", "keep_middle"),
+    choice("head", "fast"),
+    choice("backend", "cuda"),
+    choice("train_sampling_strategy", "sorted"),
+    choice("checkpoint_passes", "never"),
+    Bad(
+        "nonfinite='nanmean' leaves rows out of their batch's mean",
+        {"nonfinite": "nanmean", "kl_scope": "window"},
+    ),
+    Bad(
+        "checkpoint_passes is 'auto', which decides",
+        {"checkpoint_passes": "auto", "gradient_checkpointing": False},
+    ),
+    Bad(
+        "activation_offloading is on and gradient_checkpointing_kwargs has",
+        {"activation_offloading": True, "gradient_checkpointing_kwargs": {"offload": True}},
+    ),
+    Bad("label_smoothing_factor is 0.1, and KTO has no", {"label_smoothing_factor": 0.1}),
+    Bad("ddp_static_graph=True promises that all steps", {"ddp_static_graph": True}),
+    Bad("use_liger_kernel=True replaces the model's", {"use_liger_kernel": True}),
+    Bad(
+        "bf16_full_eval=True converts the weights",
+        {"bf16_full_eval": True, "precompute_ref_log_probs": True},
+    ),
+    Bad(
+        "optim='lomo' updates the weights inside backward",
+        {"optim": "lomo", "gradient_accumulation_steps": 2},
+    ),
+    Bad("dtype is 'int3'; choose from", {"model_init_kwargs": {"dtype": "int3"}}),
+]
+ROWS = [
+    of_rows("1 row has no label: row 1", GOOD, row(label=None)),
+    of_rows("1 row has a label that is no boolean: row 0 (7)", row(label=7)),
+    of_rows("1 row has an empty completion: row 1", GOOD, row(completion="")),
+    of_rows("1 row has no prompt: row 1", GOOD, row(prompt=None)),
+    of_rows("1 row has no completion: row 1", GOOD, row(completion=None)),
+    of_rows("1 row has a completion that is no text: row 0 (7)", row(completion=7)),
+    of_rows("1 row has a prompt that is no conversation", row(prompt=["p"], completion=["c"])),
+    of_rows("1 row has a completion that is no conversation", CHAT | {"completion": "text"}),
+    of_rows("1 row has an empty completion: row 0", CHAT | {"completion": assistant("")}),
+    of_rows("1 row has tools that are no JSON: row 0", CHAT | {"tools": "{"}),
+    of_rows("1 row has tools that are no list: row 0", CHAT | {"tools": "{}"}),
+    of_rows("1 row has chat_template_kwargs that are", CHAT | {"chat_template_kwargs": 3}),
+    of_rows("1 row has an empty chosen: row 0", PAIR | {"chosen": ""}),
+    of_rows("1 row has an empty rejected: row 0", PAIR | {"rejected": ""}),
+    of_rows(
+        "1 row has no shared beginning of chosen and rejected",
+        {"chosen": "pa", "rejected": "pb"},
+        {"chosen": "no", "rejected": "yes"},
+    ),
+    of_rows("1 row has an empty completion_ids: row 0", TOKENS | {"completion_ids": []}),
+    of_rows("1 row has completion_ids that are no token", TOKENS | {"completion_ids": [-1]}),
+    Bad("the train data has the columns question, answer", rows=[{"question": "a", "answer": "b"}]),
+    Bad("prompt, completion, but no label", rows=[{"prompt": "a", "completion": "b"}]),
+    Bad("all 3 rows of the train data are too", {"max_length": 8}, [row(prompt="long" * 9)] * 3),
+]
+TABLE = [*SETTINGS, *ROWS]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def no_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model was loaded before the mistake was named")
+
+    monkeypatch.setattr("fastkto.policy.AutoModelForCausalLM.from_pretrained", load)
+
+
+def test_there_are_sixty_different_sentences() -> None:
+    assert len({bad.sentence for bad in TABLE}) == len(TABLE) >= 60
+
+
+@pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.sentence[:60])
+def test_from_python(tmp_path: Path, model: str, bad: Bad) -> None:
+    rows = text_rows() if bad.rows is None else Dataset.from_list(bad.rows)
+    settings = {"use_cpu": True, "report_to": "none"} | bad.settings
+    with pytest.raises((ValueError, TypeError), match=re.escape(bad.sentence)):
+        KTOTrainer(
+            model=model,
+            args=KTOConfig(str(tmp_path), **settings),
+            train_dataset=rows,
+            processing_class=tiny_tokenizer(),
+        )
+
+
+@pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.sentence[:60])
+def test_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, data: str, bad: Bad
+) -> None:
+    path = data if bad.rows is None else write_rows(tmp_path / "rows.jsonl", bad.rows)
+    flags = [
+        f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"
+        for name, value in bad.settings.items()
+    ]
+    argv = ["train", "--model", model, "--data", path, f"--output_dir={tmp_path}", *flags]
+    assert main([*argv, "--use_cpu"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert (bad.on_the_command_line or bad.sentence) in error
