@@ -120,6 +120,11 @@ def check_devices(trainer: Trainer) -> None:
             f"{trainer.args.n_gpu} GPUs are visible to one process; start one process for each "
             "with `accelerate launch` or torchrun, or choose one with CUDA_VISIBLE_DEVICES"
         )
+    if trainer.args.device.type == "mps":
+        raise ValueError(
+            "the device is mps, which has no fp64, and sums over a completion's tokens are formed "
+            "in it; set use_cpu=True"
+        )
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     for name in ("tp_size", "cp_size", "sp_size"):
         if getattr(parallelism, name, 1) > 1:

@@ -9,6 +9,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from fastkto.cli import main
 from fastkto.data.load import load_rows
@@ -62,6 +63,25 @@ def test_loops_of_ones_own_train(
     variables = runpy.run_path(str(script))
     trained = variables.get("policy", variables.get("model")).state_dict()
     assert any(not trained[key].equal(weight) for key, weight in before.items())
+
+
+@pytest.mark.parametrize("gigabytes", [16, 24, 80])
+def test_the_cards_configurations_fit_by_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], gigabytes: int
+) -> None:
+    LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131_072,
+    ).save_pretrained(tmp_path)
+    config = str(EXAMPLES / f"{gigabytes}gb.yaml")
+    memory = f"--memory={gigabytes}GB"
+    assert main(["plan", "--config", config, "--model", str(tmp_path), memory]) == 0
+    out = capsys.readouterr().out
+    assert "It fits." in out and "8,072,204,288 parameters" in out
 
 
 def test_accelerate_takes_the_fsdp_configuration() -> None:

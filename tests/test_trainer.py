@@ -669,6 +669,12 @@ def test_uneven_batches_are_refused_on_several_processes(
         check_arguments("path", None, args)
 
 
+def test_a_device_without_fp64_is_refused() -> None:
+    args = SimpleNamespace(n_gpu=1, device=torch.device("mps"))
+    with pytest.raises(ValueError, match="the device is mps, which has no fp64.*use_cpu=True"):
+        check_devices(SimpleNamespace(args=args))  # type: ignore[arg-type]
+
+
 def test_reference_that_shares_weights_is_refused(tmp_path: Path) -> None:
     base = tiny_model("llama")
     model = get_peft_model(base, lora())

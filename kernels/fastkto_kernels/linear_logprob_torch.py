@@ -57,7 +57,7 @@ def fold_tile(
             terms.mul_(slope)
         if unit != 1.0:
             terms.mul_(unit)
-        if terms.data_ptr() != exponentials.data_ptr():
+        if terms is not exponentials:  # where the tile is fp32 they are one buffer
             exponentials.copy_(terms)
 
 
