@@ -22,6 +22,7 @@ from tests.trl_runs import (
 )
 
 APO = "apo_zero_unpaired"
+UNEQUAL = {"equal_weights": False}
 SMALL_PASSES = {"max_tokens_per_pass": 64}  # several passes for each batch, some of one long row
 
 
@@ -169,7 +170,7 @@ def test_equal_with_precomputed_reference(reference: str, tmp_path: Path) -> Non
 
 def test_comparison_notices_beta_off_by_a_thousandth(tmp_path: Path) -> None:
     expected, actual = both(
-        tmp_path, {"beta": 0.1001}, **models(), train_dataset=text_rows(), beta=0.1
+        tmp_path, {"beta": 0.1001}, **models(), train_dataset=text_rows(), beta=0.1, **UNEQUAL
     )
     with pytest.raises(AssertionError, match="of log"):
         assert_equal_logs(expected, actual)
@@ -179,6 +180,7 @@ def test_comparison_notices_swapped_weights(tmp_path: Path) -> None:
     expected, actual = both(
         tmp_path,
         {"desirable_weight": 0.9, "undesirable_weight": 1.1},
+        **UNEQUAL,
         **models(),
         train_dataset=text_rows(),
         desirable_weight=1.1,
@@ -197,7 +199,7 @@ def test_comparison_notices_a_dropped_kl_term(
         return kto_loss(*args, **{**kwargs, "kl": torch.zeros_like(kwargs["kl"])})
 
     monkeypatch.setattr(fastkto.step, "kto_loss", without_kl)
-    expected, actual = both(tmp_path, **models(), train_dataset=text_rows())
+    expected, actual = both(tmp_path, **UNEQUAL, **models(), train_dataset=text_rows())
     with pytest.raises(AssertionError, match="loss of log"):
         assert_equal_logs(expected, actual)
 
@@ -232,7 +234,7 @@ def test_nanmean_leaves_a_row_without_a_reference_out(tmp_path: Path) -> None:
     token = tiny_tokenizer().convert_tokens_to_ids("~")
     with torch.no_grad():
         pair["ref_model"].get_input_embeddings().weight[token] = float("nan")
-    expected, actual = both(tmp_path, {"nonfinite": "nanmean"}, **pair, **run)
+    expected, actual = both(tmp_path, {"nonfinite": "nanmean"}, equal_weights=False, **pair, **run)
     _, without = both(tmp_path, **pair, **others)
     assert actual[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
     assert actual[0]["loss"] == pytest.approx(without[0]["loss"], rel=1e-5)

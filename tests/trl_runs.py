@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import trl
 from datasets import Dataset
 
@@ -63,7 +64,7 @@ def paired_rows(count: int = 16, seed: int = 0) -> Dataset:
     )
 
 
-def log_history(
+def trained(
     library: Any,
     directory: Path,
     *,
@@ -74,8 +75,8 @@ def log_history(
     peft_config: Any = None,
     compute_metrics: Any = None,
     **config: Any,
-) -> list[dict[str, float]]:
-    """Train `STEPS` steps with `library` (trl or fastkto) on copies of the models: its logs."""
+) -> Any:
+    """Train `STEPS` steps with `library` (trl or fastkto) on copies of the models: its trainer."""
     settings = {
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
@@ -109,14 +110,23 @@ def log_history(
     # Some transformers divide gradients by the accumulation steps twice; fastkto prevents it.
     trainer.accelerator.gradient_accumulation_steps = 1
     trainer.train()
-    return trainer.state.log_history
+    return trainer
 
 
-def both(directory: Path, ours: dict[str, Any] | None = None, **run: Any) -> tuple[list, list]:
-    """The logs of TRL and of fastkto; `ours` holds settings for fastkto alone."""
-    expected = log_history(trl, directory, **run)
-    actual = log_history(fastkto, directory, **{**run, **(ours or {})})
-    return expected, actual
+def both(
+    directory: Path, ours: dict[str, Any] | None = None, *, equal_weights: bool = True, **run: Any
+) -> tuple[list, list]:
+    """The logs of TRL and of fastkto, whose weights are equal at the end.
+
+    `ours` holds settings for fastkto alone.
+    """
+    expected = trained(trl, directory, **run)
+    actual = trained(fastkto, directory, **{**run, **(ours or {})})
+    if equal_weights:
+        weights = actual.model.state_dict()
+        for name, weight in expected.model.state_dict().items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=2e-5, msg=name)
+    return expected.state.log_history, actual.state.log_history
 
 
 NOT_COMPARED = ("runtime", "per_second", "total_flos", "epoch", "step", "learning_rate")
