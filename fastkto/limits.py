@@ -78,7 +78,7 @@ def check_arguments(model: Any, ref_model: Any, args: KTOConfig) -> None:
             f"label_smoothing_factor is {args.label_smoothing_factor}, and KTO has no labels to "
             "smooth; leave it out"
         )
-    if args.ddp_static_graph:
+    if getattr(args, "ddp_static_graph", False):  # newer transformers have it
         raise ValueError(
             "ddp_static_graph=True promises that all steps are alike, and steps differ in their "
             "number of passes; leave it out"

@@ -137,8 +137,10 @@ def use_form(form: str) -> Iterator[None]:
             patch.setattr(attention.varlen, "varlen_attn", varlen_attn)
             patch.setattr(attention, "_has_varlen", lambda *args: True)
         if form == "flash_attention_2":
-            functions = flash_attn_func, flash_attn_varlen_func, None, None, None
             utils = modeling_flash_attention_utils
+            # Newer transformers have one more, for a cache.
+            absent = 3 if hasattr(utils, "_flash_with_kvcache_fn") else 2
+            functions = flash_attn_func, flash_attn_varlen_func, *(None,) * absent
             patch.setattr(utils, "_lazy_imports", lambda *args, **kwargs: functions)
             patch.setattr(utils, "_loaded_implementation", None)
         if form == "flex_attention":
