@@ -248,6 +248,8 @@ class KTOConfig(TrainingArguments):
         for name in ("max_tokens_per_pass", "pad_to_multiple_of"):  # a command line gives text
             if str(getattr(self, name)).isdecimal():
                 setattr(self, name, int(getattr(self, name)))
+        if self.pad_to_multiple_of == "auto":
+            self.pad_to_multiple_of = None
         if self.max_tokens_per_pass is None:
             self.max_tokens_per_pass = DEFAULT_TOKENS
         self._check()
@@ -308,7 +310,7 @@ class KTOConfig(TrainingArguments):
                 f"reference_cache is {self.reference_cache!r}, but nothing is cached without "
                 "precompute_ref_log_probs=True; set that too, or leave reference_cache out"
             )
-        if self.pad_to_multiple_of not in (None, "auto", 1):
+        if self.pad_to_multiple_of not in (None, 1):
             raise ValueError(
                 f"pad_to_multiple_of is {self.pad_to_multiple_of!r}, and passes hold no padding to "
                 "be rounded up; leave it out"

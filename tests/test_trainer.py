@@ -669,12 +669,6 @@ def test_uneven_batches_are_refused_on_several_processes(
         check_arguments("path", None, args)
 
 
-def test_a_device_without_fp64_is_refused() -> None:
-    args = SimpleNamespace(n_gpu=1, device=torch.device("mps"))
-    with pytest.raises(ValueError, match="the device is mps, which has no fp64.*use_cpu=True"):
-        check_devices(SimpleNamespace(args=args))  # type: ignore[arg-type]
-
-
 def test_reference_that_shares_weights_is_refused(tmp_path: Path) -> None:
     base = tiny_model("llama")
     model = get_peft_model(base, lora())
@@ -730,7 +724,11 @@ def fake_devices(**fields: Any) -> Any:
     )
     config = fields.pop("deepspeed_config", None)
     plugin = config if config is None else SimpleNamespace(deepspeed_config=config)
-    args = SimpleNamespace(n_gpu=fields.get("n_gpu", 1), deepspeed_plugin=plugin)
+    args = SimpleNamespace(
+        n_gpu=fields.get("n_gpu", 1),
+        device=fields.get("device", torch.device("cpu")),
+        deepspeed_plugin=plugin,
+    )
     return SimpleNamespace(args=args, accelerator=accelerator)
 
 
@@ -742,6 +740,7 @@ def fake_devices(**fields: Any) -> Any:
         ({"cp_size": 4}, "cp_size=4"),
         ({"sp_size": 2}, "sp_size=2"),
         ({"distributed_type": DistributedType.FSDP}, "FSDP is set up in its first version"),
+        ({"device": torch.device("mps"), "n_gpu": 1}, "the device is mps, which has no fp64"),
         ({"distributed_type": DistributedType.MEGATRON_LM}, "Megatron-LM is not supported"),
         (
             {"deepspeed_config": {}},
