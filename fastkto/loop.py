@@ -29,7 +29,8 @@ from fastkto.data.batch import (
 from fastkto.data.pairing import pair
 from fastkto.head_check import evaluating
 from fastkto.loss import KTOLoss
-from fastkto.passes import Layout, build_pass, plan_passes, run_pass, sequence_logprobs
+from fastkto.passes import build_pass, run_pass, sequence_logprobs
+from fastkto.plan_passes import Layout, plan_passes
 
 
 class CompletionScores(NamedTuple):

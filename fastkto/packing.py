@@ -19,7 +19,8 @@ from fastkto.attention import disable_segments, enable_segments
 from fastkto.data.batch import TokenSequence
 from fastkto.head import scoring_model
 from fastkto.head_check import evaluating, unit_rounding
-from fastkto.passes import Group, Layout, build_pass, run_pass
+from fastkto.passes import build_pass, run_pass
+from fastkto.plan_passes import Group, Layout
 from fastkto.ranks import Ranks
 from fastkto.segments import Segments
 

@@ -10,34 +10,18 @@ synchronisation on the device.
 """
 
 from collections.abc import Sequence
-from enum import Enum
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastkto.data.batch import TokenSequence
+from fastkto.data.media import join_media
 from fastkto.loss import sum_completions
-from fastkto.out_of_memory import PassFacts, naming_pass
+from fastkto.out_of_memory import naming_pass
+from fastkto.plan_passes import Group, Layout, Plan, has_images, pass_facts
 from fastkto.segments import Segment, Segments
-
-# Sequences share a padded pass only if the shorter one fills this much of its row.
-_LEAST_FILL = 0.9
-
-
-class Layout(Enum):
-    """How sequences stand in a pass; which of these is exact for a model, `packing` finds out."""
-
-    PACKED = "packed"  # concatenated
-    PADDED = "padded"  # in rows
-    ALONE = "alone"  # one sequence a pass
-
-
-# Sequences with one prompt, by their index; a packed pass reads that prompt once.
-Group: TypeAlias = list[int]
-# The groups of each pass; a pass without any is idle.
-Plan: TypeAlias = list[list[Group]]
 
 
 class Pass(NamedTuple):
@@ -57,110 +41,7 @@ class Pass(NamedTuple):
     offsets: Tensor  # [b + 1] int64, sequence i owns the scores offsets[i]:offsets[i + 1]
     sequence: Tensor  # [N] int64, 0 to b - 1, the sequence of each scored token
     real_tokens: Tensor  # [S] int64, flat positions of the tokens that are no padding
-
-
-def plan_passes(
-    sequences: Sequence[TokenSequence],
-    max_tokens: int,
-    layout: Layout,
-    *,
-    share_prompts: bool = False,
-) -> Plan:
-    """The passes over the sequences, each of at most `max_tokens` tokens, the largest first.
-
-    What is larger than `max_tokens` by itself is a pass of its own. With `share_prompts` a packed
-    pass reads a prompt once for the completions that it holds.
-    """
-    if layout is Layout.PACKED:
-        groups = [[index] for index in range(len(sequences))]
-        if share_prompts:
-            groups = _group_prompts(sequences, max_tokens)
-        tokens = [_group_tokens(sequences, group) for group in groups]
-        plan = plan_lengths(tokens, max_tokens, layout)
-        return [[groups[item] for item in items] for items in plan]
-    plan = plan_lengths([sequence.length for sequence in sequences], max_tokens, layout)
-    return [[[row] for row in rows] for rows in plan]
-
-
-def plan_lengths(lengths: Sequence[int], max_tokens: int, layout: Layout) -> list[list[int]]:
-    """`plan_passes` for sequences that share no prompt, by their lengths."""
-    if layout is Layout.PACKED:
-        return _first_fit(lengths, max_tokens)
-    return _equal_lengths(lengths, max_tokens if layout is Layout.PADDED else 0)
-
-
-def computed_tokens(
-    sequences: Sequence[TokenSequence], groups: Sequence[Group], layout: Layout
-) -> int:
-    """Tokens that the pass over `groups` computes, padding included."""
-    if not groups:
-        return 1  # of an idle pass
-    if layout is Layout.PACKED:
-        return sum(_group_tokens(sequences, group) for group in groups)
-    return len(groups) * max(sequences[group[0]].length for group in groups)
-
-
-def pass_facts(
-    name: str, sequences: Sequence[TokenSequence], groups: Sequence[Group], layout: Layout
-) -> PassFacts:
-    """What an error says of the pass over `groups`."""
-    lengths = [sequences[row].length for group in groups for row in group]
-    return PassFacts(name, computed_tokens(sequences, groups, layout), lengths)
-
-
-def _group_tokens(sequences: Sequence[TokenSequence], group: Group) -> int:
-    """Tokens of a group: its prompt once, and all of its completions."""
-    return len(sequences[group[0]].prompt) + sum(len(sequences[i].completion) for i in group)
-
-
-def _group_prompts(sequences: Sequence[TokenSequence], max_tokens: int) -> list[Group]:
-    """Sequences with equal prompts, in groups of at most `max_tokens` tokens."""
-    groups: list[Group] = []
-    open_groups: dict[int, Group] = {}
-    for index, sequence in enumerate(sequences):
-        group = open_groups.get(sequence.prompt_key)
-        has_room = group is not None and _group_tokens(sequences, [*group, index]) <= max_tokens
-        if group is not None and has_room and len(sequence.prompt) > 0:
-            group.append(index)
-            continue
-        groups.append([index])
-        open_groups[sequence.prompt_key] = groups[-1]
-    return groups
-
-
-def _first_fit(tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Items of so many `tokens` in bins of at most `max_tokens`, the fullest first.
-
-    In falling order of size, each item goes to the first bin that has room for it.
-    """
-    bins: list[list[int]] = []
-    filled: list[int] = []
-    for item in sorted(range(len(tokens)), key=lambda item: -tokens[item]):
-        room = (number for number, size in enumerate(filled) if size + tokens[item] <= max_tokens)
-        number = next(room, len(bins))
-        if number == len(bins):
-            bins.append([])
-            filled.append(0)
-        bins[number].append(item)
-        filled[number] += tokens[item]
-    return [bins[number] for number in sorted(range(len(bins)), key=lambda n: -filled[n])]
-
-
-def _equal_lengths(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Sequences of about one length, in passes of at most `max_tokens` padded tokens.
-
-    None is padded by more than a tenth; the passes with the most tokens come first.
-    """
-    plan: list[list[int]] = []
-    longest = 0
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        fits = bool(plan) and (len(plan[-1]) + 1) * longest <= max_tokens
-        if fits and lengths[row] >= _LEAST_FILL * longest:
-            plan[-1].append(row)
-        else:
-            plan.append([row])
-            longest = lengths[row]
-    return sorted(plan, key=lambda rows: -len(rows) * lengths[rows[0]])
+    media: dict[str, Tensor] | None = None  # model inputs with the images, padded only
 
 
 def build_pass(
@@ -172,7 +53,7 @@ def build_pass(
     """The pass over one entry of a plan, on the sequences' device; an idle one on `device`."""
     if not groups:
         return _build_idle(device)
-    if layout is Layout.PACKED:
+    if layout is Layout.PACKED and not has_images(sequences, groups):
         return _build_packed(sequences, groups)
     return _build_padded(sequences, [row for group in groups for row in group])
 
@@ -220,7 +101,8 @@ def _build_padded(sequences: Sequence[TokenSequence], rows: Sequence[int]) -> Pa
         real.append(torch.arange(start, start + length))
     input_ids = torch.cat(tokens).view(len(rows), longest)
     return _scored_pass(sequences, list(rows), input_ids, before)._replace(
-        real_tokens=move_index(torch.cat(real), input_ids)
+        real_tokens=move_index(torch.cat(real), input_ids),
+        media=join_media([sequences[row].media for row in rows], longest),
     )
 
 
@@ -290,7 +172,9 @@ def run_pass(
     model: nn.Module, pass_: Pass, *, stats: bool = False, router_logits: bool = False
 ) -> Any:
     """Score a pass with a model prepared by `attach_scoring`: its `TokenSequenceOutput`."""
-    extra: dict[str, Any] = {"output_router_logits": True} if router_logits else {}
+    extra: dict[str, Any] = dict(pass_.media or {})
+    if router_logits:
+        extra["output_router_logits"] = True
     if pass_.segments is not None:
         # A mask of four dimensions is taken as ready: without one transformers would read the
         # positions back from the device, and make a mask of [T, T].

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from fastkto.passes import Plan
+from fastkto.plan_passes import Plan
 
 
 class Ranks:
@@ -26,6 +26,15 @@ class Ranks:
         """Whether ranks wait for each other in every pass."""
         kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED)
         return self.accelerator.distributed_type in kinds
+
+    def check_images(self, has_images: bool) -> None:
+        """Refuse images where ranks wait for each other: one without would not gather the tower."""
+        if has_images and self.in_lockstep and self.accelerator.num_processes > 1:
+            raise ValueError(
+                "rows with images are trained on several processes with FSDP or DeepSpeed, which "
+                "wait for each other in a vision tower that passes without images leave out; use "
+                "data parallelism alone (torchrun without FSDP and DeepSpeed), or one process"
+            )
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of every rank's `tensor`, on all of them."""

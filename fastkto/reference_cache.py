@@ -1,8 +1,8 @@
 """Reference log-probabilities that are known already, by content.
 
-A score's key is a digest of the reference (`fastkto.reference_fingerprint`), the prompt and the
-completion as it is scored. So it is found again in whatever order, data set or run the sequence
-returns, and never for a sequence or a reference that differs in anything.
+A score's key is a digest of the reference (`fastkto.reference_fingerprint`), the prompt with its
+images and the completion as it is scored. So it is found again in whatever order, data set or run
+the sequence returns, and never for a sequence or a reference that differs in anything.
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,11 @@ class ReferenceCache:
         """
         if not sequences:
             return []
+        if any(one.media is not None and "whole" in one.media for one in sequences):
+            raise ValueError(
+                "precompute_ref_log_probs=True looks log-probabilities up row by row, and the "
+                "images of a data_collator's batch cannot be told apart; leave one of them out"
+            )
         pieces = [piece for one in sequences for piece in (one.prompt, one.completion)]
         tokens = torch.cat(pieces).cpu().numpy().data.cast("B")
         keys, start = [], 0
@@ -39,6 +44,8 @@ class ReferenceCache:
             digest = self._digest.copy()
             digest.update(len(sequence.prompt).to_bytes(8, "little"))
             digest.update(tokens[start:end])
+            if sequence.media is not None:  # the prompt's key stands for its images too
+                digest.update(sequence.prompt_key.to_bytes(8, "little"))
             keys.append(digest.digest())
             start = end
         return keys

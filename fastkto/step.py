@@ -18,7 +18,8 @@ from fastkto.config import KTOConfig
 from fastkto.data.batch import given_mismatched, matched_sequences, mismatched_sequences
 from fastkto.loss import KTOLoss, kto_loss
 from fastkto.out_of_memory import PassFacts, naming_pass
-from fastkto.passes import Group, Layout, Pass, Plan, build_pass, pass_facts, run_pass
+from fastkto.passes import Pass, build_pass, run_pass
+from fastkto.plan_passes import Group, Layout, Plan, pass_facts
 from fastkto.ranks import Ranks
 from fastkto.reference import Reference
 from fastkto.reference_cache import ReferenceCache

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastkto.data.batch import TokenSequence, matched_sequences
 from fastkto.head_check import evaluating
-from fastkto.passes import Layout, sequence_logprobs
+from fastkto.passes import sequence_logprobs
+from fastkto.plan_passes import Layout
 from fastkto.reference import ReleasedReference
 from fastkto.sharding import before_the_last_pass, release_gathered
 from fastkto.step import BatchLoss, StepSettings

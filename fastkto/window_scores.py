@@ -13,14 +13,8 @@ from torch import Tensor, nn
 
 from fastkto.data.batch import TokenSequence
 from fastkto.head_check import evaluating
-from fastkto.passes import (
-    Layout,
-    Plan,
-    computed_tokens,
-    move_index,
-    plan_passes,
-    sequence_logprobs,
-)
+from fastkto.passes import move_index, sequence_logprobs
+from fastkto.plan_passes import Layout, Plan, computed_tokens, plan_passes
 from fastkto.reference_cache import Lookup
 from fastkto.sharding import release_gathered
 from fastkto.step import BatchLoss, StepSettings
@@ -110,6 +104,7 @@ def _plan(settings: StepSettings, losses: Sequence[BatchLoss], single_pass: bool
     """Plan the passes of every loss, and of what is scored before them."""
     matched = [sequence for loss in losses for sequence in loss.matched]
     mismatched = [sequence for loss in losses for sequence in loss.mismatched]
+    settings.ranks.check_images(any(one.media is not None for one in matched))
     known = _known_reference(losses)
     sets = [matched, mismatched] if known is None else [[], []]
     lookup = Lookup(settings.reference_cache, sets)

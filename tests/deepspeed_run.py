@@ -23,7 +23,8 @@ import fastkto.trainer
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.data.batch import TokenSequence
 from fastkto.head_check import evaluating
-from fastkto.passes import Layout, build_pass, run_pass
+from fastkto.passes import build_pass, run_pass
+from fastkto.plan_passes import Layout
 from fastkto.sharding import is_divided_by_zero, release_gathered
 from tests import distributed_run
 from tests.deepspeed_on_cpu import allow_deepspeed_on_cpu

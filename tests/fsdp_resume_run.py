@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.data.batch import TokenSequence
 from fastkto.head_check import evaluating
-from fastkto.passes import Layout, build_pass, run_pass
+from fastkto.passes import build_pass, run_pass
+from fastkto.plan_passes import Layout
 from fastkto.sharding import release_gathered
 from tests.distributed_run import rows, whole
 from tests.fsdp_on_cpu import FSDP2, allow_fsdp_on_cpu

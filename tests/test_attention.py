@@ -22,7 +22,8 @@ from fastkto.attention import (
 )
 from fastkto.data.batch import TokenSequence
 from fastkto.head import _select, attach_scoring
-from fastkto.passes import Layout, build_pass, plan_passes, run_pass
+from fastkto.passes import build_pass, run_pass
+from fastkto.plan_passes import Layout, plan_passes
 from fastkto.segments import Segment, Segments
 from tests.attention_forms import (
     ABSENT,
@@ -59,7 +60,7 @@ def sequences_of(lengths: list[tuple[int, int]]) -> list[TokenSequence]:
 def alone(model: nn.Module, sequences: list[TokenSequence]) -> list[Tensor]:
     """Each completion's log-probabilities from the logits of a forward of its own."""
     scores = []
-    for prompt, completion, _ in sequences:
+    for prompt, completion, *_ in sequences:
         ids = torch.cat([prompt, completion])
         logprob = model(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
         scores.append(logprob.gather(1, ids[1:, None])[max(len(prompt) - 1, 0) :, 0])
@@ -322,7 +323,7 @@ def test_a_packed_pass_reads_nothing_from_the_device(
     enable_segments(model)
     sequences = [
         TokenSequence(prompt.to("meta"), completion.to("meta"), key)
-        for prompt, completion, key in sequences_of(LENGTHS)
+        for prompt, completion, key, _ in sequences_of(LENGTHS)
     ]
     with use_form(form):
         for share in (False, True):

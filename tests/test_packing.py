@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastkto.attention import SEGMENTED_EAGER
 from fastkto.head import attach_scoring
 from fastkto.packing import PackingCheck, choose_layout, expected_layout
-from fastkto.passes import Layout
+from fastkto.plan_passes import Layout
 from tests.models import FAMILIES, tiny_model
 
 ROWS = [torch.randint(4, 100, (n,), generator=torch.Generator().manual_seed(n)) for n in (60, 40)]

@@ -19,15 +19,8 @@ from fastkto import KTOConfig, KTOTrainer
 from fastkto.data.batch import TokenSequence, matched_sequences
 from fastkto.head import attach_scoring
 from fastkto.packing import PackingCheck, choose_layout
-from fastkto.passes import (
-    Layout,
-    build_pass,
-    computed_tokens,
-    plan_lengths,
-    plan_passes,
-    run_pass,
-    sequence_logprobs,
-)
+from fastkto.passes import build_pass, run_pass, sequence_logprobs
+from fastkto.plan_passes import Layout, computed_tokens, plan_lengths, plan_passes
 from tests.allocations import measured_peak
 from tests.models import FAMILIES, tiny_model, tiny_tokenizer
 from tests.trl_runs import text_rows
@@ -131,7 +124,7 @@ def logits_truth(model: torch.nn.Module, sequences: list[TokenSequence]) -> list
     if not hasattr(model.config, "num_experts_per_tok"):  # grouped matmuls know no fp64
         model = model.double()
     truth = []
-    for prompt, completion, _ in sequences:
+    for prompt, completion, *_ in sequences:
         ids = torch.cat([prompt, completion])
         logprob = model(input_ids=ids[None]).logits[0, :-1].double().log_softmax(-1)
         logprob = logprob.gather(1, ids[1:, None])[:, 0]

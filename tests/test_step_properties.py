@@ -19,7 +19,7 @@ from fastkto import KTOConfig, KTOTrainer, eager
 from fastkto.data.batch import KTOCollator
 from fastkto.data.pairing import KL_PAIRINGS, pair
 from fastkto.loss import LOSS_TYPES
-from fastkto.passes import Layout
+from fastkto.plan_passes import Layout
 from tests.models import FAMILIES, tiny_model, tiny_tokenizer
 from tests.scoring import lora
 

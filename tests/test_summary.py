@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.cli.summary import describe_run, look_at_batches, precision, precision_warnings
-from fastkto.passes import Layout, plan_lengths
+from fastkto.plan_passes import Layout, plan_lengths
 from tests.models import tiny_model, tiny_tokenizer
 
 BATCH = 4

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastkto import KTOConfig, KTOTrainer, window_scores
 from fastkto.data.batch import KTOCollator, TokenSequence
-from fastkto.passes import Layout
+from fastkto.plan_passes import Layout
 from tests.models import tiny_model, tiny_tokenizer
 
 # Sliding windows, scales of their own, learned positions and experts are among them.

@@ -17,7 +17,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from fastkto.backend import choose_backend
 from fastkto.config import KTOConfig
 from fastkto.packing import expected_layout
-from fastkto.passes import plan_lengths
+from fastkto.plan_passes import plan_lengths
 from fastkto.sharding import whole_size
 from fastkto.trainer import KTOTrainer
 

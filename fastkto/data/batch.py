@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkto.data.media import Media, check_media, digest_media
+
 _TENSORS = {"label": torch.bool, "input_ids": torch.int64}
 _LISTS = ("rows", "prompt_lengths", "completion_lengths", "prompt_keys")
-_SEQUENCE_KEYS = ("input_ids", "prompt_lengths", "completion_lengths", "prompt_keys")
+_SEQUENCE_KEYS = ("input_ids", "prompt_lengths", "completion_lengths", "prompt_keys", "media")
 _ROW_COLUMNS = ("prompt_ids", "completion_ids", "label", "row")
 
 
@@ -40,6 +42,7 @@ class KTOCollator:
         prompt_keys: `prompt_key` of each row's prompt; equal keys mean that one prompt is read for
             all their completions
         truncation_mode: as given; a batch without it is cut as with "keep_start"
+        media (only if a row has images): each row's images, see `fastkto.data.media`
     Lists of integers stay on the CPU when the batch moves to a device, so that rows are paired and
     passes planned without waiting for the device. `label` comes first: accelerate reads the batch
     size from it.
@@ -67,22 +70,28 @@ class KTOCollator:
         most = self.max_length
         kept = slice(most) if self.truncation_mode == "keep_start" else slice(-(most or 0), None)
         completions = [row["completion_ids"][kept] for row in rows]
-        batch = {
+        batch: dict[str, Any] = {
             "label": torch.tensor([row["label"] for row in rows], dtype=torch.bool),
             "input_ids": _flatten([*chain(*zip(prompts, completions, strict=True))]),
             "rows": [row["row"] for row in rows],
             "prompt_lengths": [len(ids) for ids in prompts],
             "completion_lengths": [len(ids) for ids in completions],
-            "prompt_keys": [prompt_key(ids) for ids in prompts],
             "truncation_mode": self.truncation_mode,
         }
+        media = [row.get("media") for row in rows]
+        keys = zip(prompts, media, strict=True)
+        batch["prompt_keys"] = [prompt_key(ids, images) for ids, images in keys]
+        if any(images is not None for images in media):
+            batch["media"] = media
         _check_lengths(batch, self.max_length)
         return batch
 
 
-def prompt_key(prompt_ids: Sequence[int]) -> int:
-    """A number of 63 bits that stands for a prompt, the same in every process and run."""
+def prompt_key(prompt_ids: Sequence[int], media: Media | None = None) -> int:
+    """A number of 63 bits that stands for a prompt with its images, the same in every process."""
     digest = hashlib.blake2b(array("q", prompt_ids).tobytes(), digest_size=8, usedforsecurity=False)
+    if media is not None:
+        digest.update(digest_media(media))
     return int.from_bytes(digest.digest(), "big") >> 1
 
 
@@ -117,6 +126,13 @@ def check_batch(batch: Any, max_length: int | None) -> None:
             f"{total}; {remedy}"
         )
     _check_lengths(batch, max_length)
+    if "media" in batch:
+        check_media(batch["media"], batch["prompt_lengths"], remedy)
+        if _keeps_end(batch):
+            raise ValueError(
+                "the batch has images and truncation_mode='keep_end', which would cut the prompts "
+                "that they stand in; use 'keep_start'"
+            )
     lengths: dict[int, int] = {}
     for key, length in zip(batch["prompt_keys"], batch["prompt_lengths"], strict=True):
         if lengths.setdefault(key, length) != length:
@@ -157,6 +173,7 @@ class TokenSequence(NamedTuple):
     prompt: Tensor  # int64, may be empty
     completion: Tensor  # int64, at least one token, cut to what fits behind the prompt
     prompt_key: int  # equal for equal prompts
+    media: Media | None = None  # the prompt's images
 
     @property
     def length(self) -> int:
@@ -168,20 +185,22 @@ def matched_sequences(batch: dict[str, Any], max_length: int | None) -> list[Tok
     """Each row's prompt with its own completion: `B` sequences of at most `max_length` tokens."""
     form = partial(_form, max_length=max_length, keep_end=_keeps_end(batch))
     return [
-        form(prompt, completion, key)
-        for (prompt, completion), key in zip(split_rows(batch), batch["prompt_keys"], strict=True)
+        form(prompt, completion, key, media)
+        for (prompt, completion), key, media in zip(
+            split_rows(batch), batch["prompt_keys"], _media(batch), strict=True
+        )
     ]
 
 
 def mismatched_sequences(
     batch: dict[str, Any], partners: Sequence[Tensor | None], max_length: int | None
 ) -> list[TokenSequence | None]:
-    """Each row's prompt with its partner's completion, as `pair_window` gives it; None without."""
+    """Each row's prompt, with its images, and its partner's completion; None without a partner."""
     form = partial(_form, max_length=max_length, keep_end=_keeps_end(batch))
-    rows = zip(split_rows(batch), partners, batch["prompt_keys"], strict=True)
+    rows = zip(split_rows(batch), partners, batch["prompt_keys"], _media(batch), strict=True)
     return [
-        None if partner is None else form(prompt, partner, key)
-        for (prompt, _), partner, key in rows
+        None if partner is None else form(prompt, partner, key, media)
+        for (prompt, _), partner, key, media in rows
     ]
 
 
@@ -189,7 +208,7 @@ def given_mismatched(batch: dict[str, Any], max_length: int | None) -> list[Toke
     """The mismatched sequences that another library's batch brings, `B`; None if it has none."""
     if "kl_input_ids" not in batch:
         return None
-    own = {key: batch[f"kl_{key}"] for key in _SEQUENCE_KEYS}
+    own = {key: batch[f"kl_{key}"] for key in _SEQUENCE_KEYS if f"kl_{key}" in batch}
     return matched_sequences(own, max_length)
 
 
@@ -197,6 +216,11 @@ def split_rows(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """Each row's prompt and its completion, not cut to fit behind any prompt; views."""
     pieces = torch.split(batch["input_ids"], _alternating_lengths(batch))
     return list(zip(pieces[::2], pieces[1::2], strict=True))
+
+
+def _media(batch: dict[str, Any]) -> list[Media | None]:
+    """Each row's images, None without."""
+    return batch.get("media") or [None] * len(batch["prompt_keys"])
 
 
 def _alternating_lengths(batch: dict[str, Any]) -> list[int]:
@@ -211,6 +235,7 @@ def _form(
     prompt: Tensor,
     completion: Tensor,
     prompt_key: int,
+    media: Media | None,
     *,
     max_length: int | None,
     keep_end: bool,
@@ -226,4 +251,4 @@ def _form(
         assert len(prompt) < max_length, (len(prompt), max_length)
         completion = completion[: max_length - len(prompt)]
     assert len(completion) > 0
-    return TokenSequence(prompt, completion, prompt_key)
+    return TokenSequence(prompt, completion, prompt_key, media)
