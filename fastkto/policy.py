@@ -6,7 +6,6 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -14,6 +13,7 @@ from transformers import (
 )
 
 from fastkto.config import KTOConfig
+from fastkto.model_class import load_model
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -45,7 +45,7 @@ def load_policy(
 ) -> PreTrainedModel | PeftModel:
     """The model, loaded if it is a path or id, in a new adapter if there is a `peft_config`."""
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
+        model = load_model(model, init_kwargs)
     elif "quantization_config" in init_kwargs:
         raise ValueError(
             "quantization_config applies when a model is loaded, and model is already an object; "
@@ -92,8 +92,8 @@ def load_tokenizer(
         )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(
-            f"processing_class is a {type(tokenizer).__name__}; pass a tokenizer. Vision-language "
-            "processors are not supported"
+            f"processing_class is a {type(tokenizer).__name__}; pass a tokenizer, or the "
+            "processor of a vision-language model"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from fastkto.model_class import load_model
 from fastkto.sharding import gathered, is_divided_by_zero
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def _initial_policy(
             "attn_implementation": policy.config._attn_implementation,
         }
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+            loaded = load_model(path, kwargs)
         except (OSError, ValueError) as error:
             logger.info("the reference is a copy: %s cannot be loaded again (%s)", path, error)
         else:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -26,6 +27,8 @@ from fastkto.checkpoint_passes import needs_checkpointing, turn_off_checkpointin
 from fastkto.checkpoints import last_whole_checkpoint
 from fastkto.config import KTOConfig
 from fastkto.data.batch import KTOCollator, check_batch
+from fastkto.data.images import COLUMNS as IMAGE_COLUMNS
+from fastkto.data.images import ImageCollator
 from fastkto.data.padded import RaggedCollator, from_padded, is_padded
 from fastkto.data.prepare import COLUMNS, AnyDataset, prepare_data
 from fastkto.data.rows import RowReport
@@ -45,16 +48,16 @@ from fastkto.metrics import Metrics, TokenCount
 from fastkto.model_card import write_model_card
 from fastkto.model_check import check_models
 from fastkto.pass_budget import DeviceMemory, check_auto, device_memory, set_budget
-from fastkto.passes import Layout
+from fastkto.plan_passes import Layout
 from fastkto.policy import (
     disable_dropout,
     load_policy,
-    load_tokenizer,
     model_init_kwargs,
     prepare_adapter,
     router_settings,
 )
 from fastkto.precompute import precompute
+from fastkto.processing import load_processing
 from fastkto.ranks import Ranks
 from fastkto.reference import choose_reference
 from fastkto.reference_sync import SyncReference, check_sync, load_reference, save_reference
@@ -69,13 +72,14 @@ from fastkto.sharding import (
 )
 from fastkto.step import BatchLoss, StepSettings
 from fastkto.step_check import StepCheck
+from fastkto.vision import image_token, set_vision_defaults
 from fastkto.window_scores import score_window
 
 logger = logging.getLogger(__name__)
 
 
 class KTOTrainer(Trainer):
-    """Trains a causal language model with KTO (Ethayarajh et al. 2024, arXiv:2402.01306).
+    """Trains a causal or vision-language model with KTO (Ethayarajh et al. 2024, arXiv:2402.01306).
 
     Args:
         model: a path or hub id, a `PreTrainedModel`, or a `PeftModel`. A path is loaded in fp32
@@ -86,7 +90,8 @@ class KTOTrainer(Trainer):
             one as TRL's and LLaMA-Factory's collators do (see `from_padded`).
         train_dataset, eval_dataset: rows in any of the formats of `prepare_rows`; for evaluation
             also a dict of data sets.
-        processing_class: the tokenizer. Default: the one beside the model.
+        processing_class: the tokenizer, or the processor of a vision-language model. Default: the
+            one beside the model.
         compute_metrics: as in `Trainer`, from the policy's logits and the tokens, which takes an
             extra forward and all `[B, T, V]` logits of an evaluation batch.
         callbacks, optimizers: as in `Trainer`.
@@ -110,7 +115,7 @@ class KTOTrainer(Trainer):
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -131,13 +136,14 @@ class KTOTrainer(Trainer):
             self.score_store = ScoreStore(args.reference_cache or default_folder())
         # The rows first: a mistake in them should not wait for a model to load.
         init_kwargs = model_init_kwargs(args, quantization_config)
-        tokenizer = load_tokenizer(processing_class, model, init_kwargs)
+        processing = load_processing(processing_class, model, init_kwargs)
         self.row_reports: dict[str, RowReport] = {}
-        train_dataset = self._prepare(train_dataset, "train", tokenizer, args)
-        eval_dataset = self._prepare(eval_dataset, "eval", tokenizer, args)
+        train_dataset = self._prepare(train_dataset, "train", processing, args)
+        eval_dataset = self._prepare(eval_dataset, "eval", processing, args)
         set_seed(args.seed)  # before the model: the weights of a new adapter are random
         policy = load_policy(model, init_kwargs, peft_config)
         prepare_adapter(policy, args)
+        set_vision_defaults(policy, args)
         if train_dataset is not None:
             check_trainable(policy)
         check_sync(args, policy, ref_model)
@@ -158,13 +164,13 @@ class KTOTrainer(Trainer):
             model=policy,
             args=args,
             data_collator=(
-                KTOCollator(args.max_length, args.truncation_mode)
+                _default_collator(processing, args)
                 if data_collator is None
-                else RaggedCollator(data_collator)
+                else RaggedCollator(data_collator, image_token(policy))
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=processing,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -181,7 +187,7 @@ class KTOTrainer(Trainer):
         # by the accumulation steps a second time.
         self.model_accepts_loss_kwargs = False
         self.accelerator.gradient_accumulation_steps = 1
-        self._signature_columns = COLUMNS
+        self._signature_columns = [*COLUMNS, *IMAGE_COLUMNS]
         # A subclass may do anything with the loss, so it gets one graph over the whole batch.
         self._single_pass = type(self).compute_loss is not KTOTrainer.compute_loss
         if self._single_pass:
@@ -216,9 +222,13 @@ class KTOTrainer(Trainer):
         self.add_callback(_StartOfTraining(self))
 
     def _prepare(
-        self, dataset: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: KTOConfig
+        self,
+        dataset: Any,
+        name: str,
+        processing: PreTrainedTokenizerBase | ProcessorMixin,
+        args: KTOConfig,
     ) -> Any:
-        prepared, reports = prepare_data(dataset, name, tokenizer, args)
+        prepared, reports = prepare_data(dataset, name, processing, args)
         self.row_reports |= reports
         return prepared
 
@@ -280,7 +290,9 @@ class KTOTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As in `Trainer`; padded batches become ragged ones."""
-        return super()._prepare_inputs(from_padded(inputs) if is_padded(inputs) else inputs)
+        if is_padded(inputs):
+            inputs = from_padded(inputs, image_token=image_token(self.model))
+        return super()._prepare_inputs(inputs)
 
     def _get_ready(self, batches: list[dict[str, Any]]) -> None:
         """Before any of these batches is scored."""
@@ -467,6 +479,12 @@ class KTOTrainer(Trainer):
             # Some transformers load the adapters in subfolders and forget the one beside them.
             policy: Any = self.model if model is None else model
             policy.load_adapter(resume_from_checkpoint, policy.active_adapter, is_trainable=True)
+
+
+def _default_collator(processing: Any, args: KTOConfig) -> KTOCollator | ImageCollator:
+    if isinstance(processing, ProcessorMixin):
+        return ImageCollator(processing, args.max_length)
+    return KTOCollator(args.max_length, args.truncation_mode)
 
 
 class _StartOfTraining(TrainerCallback):

@@ -6,8 +6,11 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastkto.data.batch import prompt_key
+from fastkto.data.cut_media import cut_media
+from fastkto.data.media import TOKEN_INPUTS, Media
 
 
 class _Names(NamedTuple):
@@ -31,11 +34,12 @@ class RaggedCollator:
     """Another library's collator, or one of the user's, whose padded batches become ragged ones."""
 
     collator: Callable[[list[dict[str, Any]]], Any]
+    image_token: int | None = None  # the model's token that stands for images
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         numbers = [row.get("row", index) for index, row in enumerate(rows)]
         batch = self.collator(rows)
-        return from_padded(batch, numbers) if is_padded(batch) else batch
+        return from_padded(batch, numbers, self.image_token) if is_padded(batch) else batch
 
 
 def is_padded(batch: Any) -> bool:
@@ -43,7 +47,9 @@ def is_padded(batch: Any) -> bool:
     return _names(batch) is not None
 
 
-def from_padded(batch: dict[str, Any], rows: Sequence[int] | None = None) -> dict[str, Any]:
+def from_padded(
+    batch: dict[str, Any], rows: Sequence[int] | None = None, image_token: int | None = None
+) -> dict[str, Any]:
     """The batch of `KTOCollator` that holds the same sequences.
 
     The batch has `B` rows of `T` tokens, padded on either side:
@@ -54,12 +60,17 @@ def from_padded(batch: dict[str, Any], rows: Sequence[int] | None = None) -> dic
         KL_* or kl_*: the same three of the mismatched sequences, [B, T']; without them rows are
             paired as those of `KTOCollator` are
         ref_logps, ref_KL_logps: [B], the reference's log-probabilities in nats, if they are known
+        pixel_values and, beside it, other tensors such as image_grid_thw: the images of the batch,
+            row after row, the same for mismatched sequences
+        token_type_ids, mm_token_type_ids: [B, T], beside images
 
     What comes with it in addition: `kl_input_ids`, `kl_prompt_lengths`, `kl_completion_lengths` and
     `kl_prompt_keys` for given mismatched sequences, and `reference_logprob` and
     `kl_reference_logprob`, [B] fp64, for known scores.
 
     rows: numbers of the rows in errors; by default their positions in the batch.
+    image_token: the token that stands for images, by which they are given to the rows; if they
+        cannot be, all rows of the batch stay in one pass.
 
     Waits for the device of the batch, since lengths have to be known on the CPU. Raises ValueError,
     which names the row, if a completion is empty or has gaps.
@@ -72,9 +83,10 @@ def from_padded(batch: dict[str, Any], rows: Sequence[int] | None = None) -> dic
         )
     label = batch[names.label]
     numbers = list(range(len(label))) if rows is None else list(rows)
-    ragged = {"label": label.bool(), **_ragged(batch, names, "", numbers), "rows": numbers}
+    matched = _ragged(batch, names, "", numbers, image_token)
+    ragged = {"label": label.bool(), **matched, "rows": numbers}
     if f"{names.mismatched}input_ids" in batch:
-        mismatched = _ragged(batch, names, names.mismatched, numbers)
+        mismatched = _ragged(batch, names, names.mismatched, numbers, image_token)
         ragged |= {f"kl_{key}": value for key, value in mismatched.items()}
     for key, name in zip(
         ("reference_logprob", "kl_reference_logprob"), names.reference, strict=True
@@ -93,9 +105,13 @@ def _names(batch: Any) -> _Names | None:
 
 
 def _ragged(
-    batch: dict[str, Any], names: _Names, prefix: str, numbers: list[int]
+    batch: dict[str, Any],
+    names: _Names,
+    prefix: str,
+    numbers: list[int],
+    image_token: int | None,
 ) -> dict[str, Any]:
-    """`input_ids`, the lengths and the prompt keys of one kind of sequences."""
+    """`input_ids`, the lengths, images and prompt keys of one kind of sequences."""
     input_ids = batch[f"{prefix}input_ids"]
     real = batch[f"{prefix}attention_mask"].bool()
     marks = batch[f"{prefix}{names.completion}"]
@@ -114,9 +130,46 @@ def _ragged(
         prompts.append(ids[:first].tolist())
         completions.append(ids[first:].tolist())
     flat = [*chain(*chain(*zip(prompts, completions, strict=True)))]
-    return {
+    media = _media(batch, names, prefix, prompts, image_token)
+    ragged = {
         "input_ids": torch.tensor(flat, dtype=torch.int64).to(input_ids.device),
         "prompt_lengths": [len(ids) for ids in prompts],
         "completion_lengths": [len(ids) for ids in completions],
-        "prompt_keys": [prompt_key(ids) for ids in prompts],
+        "prompt_keys": [prompt_key(ids, one) for ids, one in zip(prompts, media, strict=True)],
     }
+    return ragged if media == [None] * len(media) else {**ragged, "media": media}
+
+
+def _media(
+    batch: dict[str, Any],
+    names: _Names,
+    prefix: str,
+    prompts: list[list[int]],
+    image_token: int | None,
+) -> list[Media | None]:
+    """Each row's images; those of mismatched sequences are the matched ones', by name too."""
+    own = {"input_ids", "attention_mask", names.label, names.completion, *names.reference}
+    inputs = {
+        name: value
+        for name, value in batch.items()
+        if isinstance(value, Tensor)
+        and name not in own | set(TOKEN_INPUTS)
+        and not name.startswith(names.mismatched)
+    }
+    if not any(name.startswith("pixel_values") for name in inputs):
+        return [None] * len(prompts)
+    if "position_ids" in inputs:
+        raise ValueError(
+            "the batch has images and position_ids, which are of its own padding; have the "
+            "data_collator leave them out: the model works them out from mm_token_type_ids"
+        )
+    real = batch[f"{prefix}attention_mask"].bool()
+    token_inputs = {
+        name: [
+            values[is_real][: len(prompt)]
+            for values, is_real, prompt in zip(batch[prefix + name], real, prompts, strict=True)
+        ]
+        for name in TOKEN_INPUTS
+        if prefix + name in batch
+    }
+    return cut_media(prompts, inputs, token_inputs, image_token)

@@ -4,10 +4,12 @@ import logging
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastkto.config import KTOConfig
-from fastkto.data.rows import RowReport, prepare_rows
+from fastkto.data import images
+from fastkto.data.rows import RowReport, prepare_image_rows, prepare_rows
+from fastkto.processing import tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -18,18 +20,19 @@ COLUMNS = ["prompt_ids", "completion_ids", "label", "length", "row"]
 def prepare_data(
     dataset: AnyDataset | dict[str, AnyDataset] | None,
     name: str,
-    tokenizer: PreTrainedTokenizerBase,
+    processing: PreTrainedTokenizerBase | ProcessorMixin,
     args: KTOConfig,
 ) -> tuple[Any, dict[str, RowReport]]:
     """(a data set, or each of a dict's, tokenised; reports by name of those whose rows are known).
 
-    One that is prepared already stays as it is, without a report.
+    One that is prepared already stays as it is, without a report. One with images is checked and
+    numbered, and tokenised batch by batch (see `fastkto.data.images`).
     """
     if dataset is None:
         return None, {}
     if isinstance(dataset, dict):
         parts = {
-            key: prepare_data(part, f"{name}_{key}", tokenizer, args)
+            key: prepare_data(part, f"{name}_{key}", processing, args)
             for key, part in dataset.items()
         }
         reports = {key: report for _, one in parts.values() for key, report in one.items()}
@@ -41,14 +44,22 @@ def prepare_data(
         )
     if set(COLUMNS) <= set(dataset.column_names or ()):
         return dataset, {}
+    if images.has_images(dataset):
+        _check_image_run(processing, name, args)
+        with args.main_process_first(desc=f"checking the {name} data set"):
+            return prepare_image_rows(
+                dataset, processing, num_proc=args.dataset_num_proc, name=name
+            ), {}
+    is_processor = isinstance(processing, ProcessorMixin)
     with args.main_process_first(desc=f"preparing the {name} data set"):
         prepared, report = prepare_rows(
             dataset,
-            tokenizer,
+            tokenizer_of(processing),
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             num_proc=args.dataset_num_proc,
             name=name,
+            in_blocks=is_processor,
         )
     if report is None:
         return prepared, {}
@@ -62,3 +73,24 @@ def prepare_data(
     if name == "train" and advice:
         logger.warning(advice)
     return prepared, {name: report}
+
+
+def _check_image_run(processing: Any, name: str, args: KTOConfig) -> None:
+    """Refuse what images leave no way for."""
+    if not isinstance(processing, ProcessorMixin):
+        raise ValueError(
+            f"the {name} data has images, and processing_class is a {type(processing).__name__}; "
+            "pass the processor of a vision-language model, AutoProcessor.from_pretrained(model), "
+            "or leave the images out"
+        )
+    for field, value in (
+        ("train_sampling_strategy", "group_by_length"),
+        ("max_tokens_per_pass", "auto"),
+        ("checkpoint_passes", "auto"),
+    ):
+        if getattr(args, field) == value:
+            raise ValueError(
+                f"{field} is {value!r}, which needs the rows' lengths before the first step, and "
+                f"those of the {name} data's images are known once a batch is formed; choose "
+                "another value"
+            )

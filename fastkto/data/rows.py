@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from fastkto.data import formats
+from fastkto.data import formats, images
 from fastkto.data.formats import Problem, RowFormat
 from fastkto.data.tokenise import (
     Check,
@@ -97,6 +97,7 @@ def prepare_rows(
     truncation_mode: str = "keep_start",
     num_proc: int | None = None,
     name: str = "train",
+    in_blocks: bool = False,
 ) -> tuple[Dataset | IterableDataset, RowReport | None]:
     """The rows as tokens, in TRL's order, and a report of what became of them.
 
@@ -112,6 +113,8 @@ def prepare_rows(
     A streamed data set stays one: its rows are checked as they are read, `row` is counted by each
     worker that reads it, and there is no report.
 
+    `in_blocks`: the chat template is a processor's, which reads contents as lists of blocks.
+
     Raises TypeError for anything that is no data set or tokenizer, and ValueError that names the
     rows if any cannot be used, before anything is tokenised.
     """
@@ -123,7 +126,7 @@ def prepare_rows(
     columns = dataset.column_names or list(first_row)
     row_format = formats.detect_format(columns, first_row, name)
     _check_tokenizer(tokenizer, row_format, first_row, name)
-    tokenise = Tokenise(tokenizer, row_format, source_digest())
+    tokenise = Tokenise(tokenizer, row_format, source_digest(), in_blocks)
     if isinstance(dataset, IterableDataset):
         stream = dataset.map(
             TokeniseStream(tokenise, max_length, truncation_mode, name),
@@ -146,6 +149,32 @@ def prepare_rows(
         desc=f"Tokenising the {name} data",
     )
     return _finish(rows, row_format, len(dataset), max_length, truncation_mode, name)
+
+
+def prepare_image_rows(
+    dataset: Dataset | IterableDataset,
+    processor: ProcessorMixin,
+    *,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> Dataset | IterableDataset:
+    """Rows with `image` or `images` and `prompt`, `completion`, `label`, checked and numbered.
+
+    No image is looked at: `fastkto.data.images.ImageCollator` does that batch by batch. Of a stream
+    only the first row is checked here. Raises as `prepare_rows` does.
+    """
+    dataset = dataset.with_format(None)
+    first_row = next(iter(dataset), None)
+    if first_row is None:
+        raise ValueError(f"the {name} data has no rows")
+    columns = dataset.column_names or list(first_row)
+    row_format = images.detect_image_format(columns, first_row, name)
+    if row_format.kind == "conversation":
+        _check_tokenizer(processor, row_format, first_row, name)
+    if isinstance(dataset, Dataset):
+        texts = dataset.select_columns([c for c in row_format.columns if c in columns])
+        _check_rows(texts, row_format, num_proc, name)
+    return images.number_rows(dataset)
 
 
 def _finish(
@@ -211,9 +240,12 @@ def _check_arguments(dataset: Any, tokenizer: Any, max_length: int | None, name:
 
 
 def _check_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, row_format: RowFormat, first_row: dict[str, Any], name: str
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    row_format: RowFormat,
+    first_row: dict[str, Any],
+    name: str,
 ) -> None:
-    """Raise ValueError if the tokenizer lacks what this format needs."""
+    """Raise ValueError if the tokenizer, or processor, lacks what this format needs."""
     if row_format.kind == "text" and tokenizer.eos_token is None:
         raise ValueError(
             "the tokenizer has no end-of-sequence token, which every completion ends with; set "

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fastkto.data import formats
+from fastkto.data import formats, messages
 from fastkto.data.formats import Example, Problem, RowFormat
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,13 @@ class Tokenise:
 
     `source` identifies the code: datasets recognises a class of a module by its name alone, and
     would return what an older version wrote to the cache. `max_length` is no part of this, so that
-    the cache serves every value of it.
+    the cache serves every value of it. `in_blocks`: the template reads contents as lists of blocks.
     """
 
     tokenizer: PreTrainedTokenizerBase
     row_format: RowFormat
     source: str
+    in_blocks: bool = False
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         rows = list(_rows_of(batch))
@@ -84,8 +85,11 @@ class Tokenise:
             )
             for example, (i, _) in zip(examples, order, strict=True):
                 arguments = formats.template_arguments(rows[i])
-                prompt = template(example.prompt, add_generation_prompt=True, **arguments)
-                whole = template(example.prompt + example.completion, **arguments)
+                start, end = example.prompt, example.completion
+                if self.in_blocks:
+                    start, end = messages.in_blocks(start), messages.in_blocks(end)
+                prompt = template(start, add_generation_prompt=True, **arguments)
+                whole = template(start + end, **arguments)
                 yield prompt["input_ids"], whole["input_ids"]
             return
         eos = self.tokenizer.eos_token
@@ -166,5 +170,6 @@ def _rows_of(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
 @functools.cache
 def source_digest() -> str:
     """A digest of the code that turns rows into tokens."""
-    source = inspect.getsource(sys.modules[__name__]) + inspect.getsource(formats)
+    modules = (sys.modules[__name__], formats, messages)
+    source = "".join(map(inspect.getsource, modules))
     return hashlib.sha256(source.encode()).hexdigest()

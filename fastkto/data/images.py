@@ -1,0 +1,161 @@
+"""Rows with images: checked at once, and turned into tokens and model inputs batch by batch.
+
+Images are large and decoding them is slow, so a processor sees them when a batch is formed. Tokens
+are those of TRL 1.16's `DataCollatorForVisionUnpairedPreference`: prompt and completion are
+tokenised apart, and no end-of-sequence token is added to text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from fastkto.data import formats
+from fastkto.data.batch import KTOCollator
+from fastkto.data.formats import RowFormat
+from fastkto.data.media import TOKEN_INPUTS, Media
+from fastkto.data.messages import render, with_images
+
+IMAGE_COLUMNS = ("image", "images")
+COLUMNS = ["prompt", "completion", *IMAGE_COLUMNS, "tools", "chat_template_kwargs"]
+
+
+def has_images(dataset: Dataset | IterableDataset) -> bool:
+    """Whether a data set has a column for images."""
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    return any(column in columns for column in IMAGE_COLUMNS)
+
+
+def detect_image_format(columns: Sequence[str], first_row: dict[str, Any], name: str) -> RowFormat:
+    """The format of a data set with images; ValueError if it is not prompt, completion, label."""
+    image = next(column for column in IMAGE_COLUMNS if column in columns)
+    if {"chosen", "rejected"} & set(columns):
+        raise ValueError(
+            f"the {name} data has images and pairs of answers (chosen, rejected), which cannot be "
+            "split without reading every image; write two rows with prompt, completion, label "
+            "and the same images instead, for example with trl.unpair_preference_dataset"
+        )
+    if "prompt_ids" in columns:
+        raise ValueError(
+            f"the {name} data has tokens (prompt_ids) and {image}, whose placeholders only the "
+            "processor can write; give prompt and completion as text or conversations"
+        )
+    texts = [column for column in columns if column not in IMAGE_COLUMNS]
+    return formats.detect_format(texts, first_row, name)
+
+
+def number_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The data set with a column `row`, for errors; it stays if it is there already."""
+    if "row" in (dataset.column_names or ()):
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(_add_number, with_indices=True)
+    return dataset.add_column("row", np.arange(len(dataset)))
+
+
+def _add_number(row: dict[str, Any], index: int) -> dict[str, Any]:
+    return {**row, "row": index}
+
+
+@dataclass(frozen=True)
+class ImageCollator:
+    """Rows with images to one batch as that of `KTOCollator`, through a processor.
+
+    A row has `prompt`, `completion`, `label`, and `images`, a list, or `image`; an empty list or
+    None is a row of text alone. Prompts and completions are conversations or text; the text of a
+    prompt has the processor's placeholder for each image. Rows of `prepare_rows` may be among them.
+    """
+
+    processor: ProcessorMixin
+    max_length: int | None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        numbered = ({"row": index, **row} for index, row in enumerate(rows))
+        encoded = [row if "prompt_ids" in row else self.encode(row) for row in numbered]
+        return KTOCollator(self.max_length)(encoded)
+
+    def encode(self, row: dict[str, Any]) -> dict[str, Any]:
+        """`prompt_ids`, `completion_ids`, `label`, `row` and `media` of a row."""
+        number, images = row["row"], _images(row)
+        label = formats.read_label(row.get("label"))
+        if label is None:
+            raise ValueError(f"row {number} has the label {row.get('label')!r}; {formats.LABELS}")
+        try:
+            prompt, completion = row["prompt"], row["completion"]
+            if isinstance(prompt, list):
+                prompt = with_images(prompt, images)
+                arguments = formats.template_arguments(row)
+                prompt, completion = render(self.processor, prompt, completion, arguments)
+            inputs = self._process(prompt, images)
+            completion_ids = self._process(completion, [])["input_ids"][0].tolist()
+        except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
+            raise ValueError(
+                f"row {number} with {len(images)} images cannot be processed by "
+                f"{type(self.processor).__name__} ({error}); a prompt has one placeholder for each "
+                "image, in text as in the processor's own messages"
+            ) from error
+        prompt_ids = inputs.pop("input_ids")[0].tolist()
+        self._check(number, images, prompt_ids, completion_ids)
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": completion_ids,
+            "label": label,
+            "row": number,
+            "media": _media(inputs) if images else None,
+        }
+
+    def _process(self, text: str, images: list[Any]) -> dict[str, Any]:
+        # Chat templates write the special tokens themselves.
+        inputs = self.processor(
+            images=[images] if images else None,
+            text=[text],
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        return {name: value for name, value in inputs.items() if name != "attention_mask"}
+
+    def _check(
+        self, number: int, images: list[Any], prompt_ids: list[int], completion_ids: list[int]
+    ) -> None:
+        """Raise ValueError for a row that cannot be scored."""
+        if not completion_ids:
+            raise ValueError(
+                f"row {number} has a completion without tokens; the processor or its chat template "
+                "leaves nothing of it"
+            )
+        if self.max_length is not None and len(prompt_ids) >= self.max_length:
+            raise ValueError(
+                f"row {number} has a prompt of {len(prompt_ids)} tokens, with those of "
+                f"{len(images)} images, which leaves no room for a completion within max_length="
+                f"{self.max_length}; raise max_length (None: any length), have the processor make "
+                "images smaller, or leave the row out"
+            )
+
+
+def _images(row: dict[str, Any]) -> list[Any]:
+    """A row's images; a column `image` holds one."""
+    if row.get("images") is not None:
+        images = row["images"]
+        return list(images) if isinstance(images, list | tuple) else [images]
+    return [] if row.get("image") is None else [row["image"]]
+
+
+def _media(inputs: dict[str, Any]) -> Media:
+    """What a processor returns beside `input_ids`, for one row."""
+    media: Media = {"inputs": {}, "token_inputs": {}}
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"the processor returns {name} as a {type(value).__name__}, expected a tensor"
+            )
+        if name in TOKEN_INPUTS:
+            media["token_inputs"][name] = value[0]
+        else:
+            media["inputs"][name] = value
+    return media

@@ -1,0 +1,164 @@
+"""Vision-language models: the same run in TRL 1.16 and here, however passes are cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from peft import LoraConfig
+from trl.trainer.kto_trainer import DataCollatorForVisionUnpairedPreference
+
+import fastkto
+from fastkto.data.padded import RaggedCollator
+from tests.trl_runs import chat_rows, text_rows
+from tests.vision_models import image_rows, tiny_processor, tiny_vision_model
+from tests.vision_runs import assert_equal_runs, train, trained_weights
+
+SMALL_PASSES = {"max_tokens_per_pass": 60}
+
+
+def models(family: str) -> dict[str, Any]:
+    """A policy and a reference unlike it, for which the KL estimate is above 0."""
+    policy, reference = (tiny_vision_model(family, seed=1) for _ in range(2))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * parameter.abs().mean() * noise)
+        reference.get_output_embeddings().weight.mul_(1.4)
+    return {
+        "model": policy,
+        "ref_model": reference,
+        "processing_class": tiny_processor(family),
+        "max_length": None,
+    }
+
+
+def both(directory: Path, ours: dict[str, Any] | None = None, **run: Any) -> tuple[Any, Any]:
+    """The trainers of TRL and of fastkto after the run; `ours` is for fastkto alone."""
+    expected = train(trl, directory, **run)
+    return expected, train(fastkto, directory, **{**run, **(ours or {})})
+
+
+def moved(trainer: Any, start: torch.nn.Module, part: str) -> bool:
+    """Whether training has changed the weights with `part` in their names."""
+    before = dict(start.named_parameters())
+    after = trained_weights(trainer)
+    return all(not weight.equal(before[name]) for name, weight in after.items() if part in name)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "llava", "gemma3"])
+@pytest.mark.parametrize("passes", [{}, SMALL_PASSES], ids=["large passes", "small passes"])
+def test_equal_to_trl(family: str, passes: dict[str, Any], tmp_path: Path) -> None:
+    run = models(family)
+    rows = image_rows(12, sizes=True, without=() if passes else (1, 2))
+    expected, actual = both(tmp_path, passes, **run, train_dataset=rows)
+    assert_equal_runs(expected, actual)
+    kls = [log["kl"] for log in expected.state.log_history if "kl" in log]
+    assert min(kls) > 0.1, "zeros would prove nothing"
+    assert moved(actual, run["model"], "visual" if "qwen" in family else "projector")
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("qwen2_vl", {"gradient_accumulation_steps": 2}),
+        ("llava", {"gradient_checkpointing": True}),
+        ("gemma3", {"max_length": 60}),
+        ("qwen2_5_vl", {"loss_type": "apo_zero_unpaired"}),
+    ],
+    ids=["accumulation", "checkpointing", "cut rows", "apo"],
+)
+def test_equal_for_settings(family: str, config: dict[str, Any], tmp_path: Path) -> None:
+    run = {**models(family), **config}
+    rows = image_rows(16, sizes=True, without=(3,))
+    expected, actual = both(tmp_path, SMALL_PASSES, **run, train_dataset=rows)
+    assert_equal_runs(expected, actual)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+def test_equal_with_a_new_adapter(family: str, tmp_path: Path) -> None:
+    lora = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    run = models(family) | {"peft_config": lora, "learning_rate": 0.1}
+    del run["ref_model"]
+    rows = image_rows(12, without=(1,))
+    expected, actual = both(tmp_path, SMALL_PASSES, **run, train_dataset=rows)
+    assert_equal_runs(expected, actual)
+
+
+def test_equal_in_evaluation(tmp_path: Path) -> None:
+    rows = {"train_dataset": image_rows(12), "eval_dataset": image_rows(8, seed=3, without=(2,))}
+    expected, actual = both(tmp_path, SMALL_PASSES, **models("qwen2_vl"), **rows)
+    theirs, ours = expected.evaluate(), actual.evaluate()
+    for name in ("eval_loss", "eval_kl", "eval_rewards/margins", "eval_logps/chosen"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("rows", [chat_rows(12), text_rows(12)], ids=["chat", "text"])
+def test_equal_on_text_alone(rows: Any, tmp_path: Path) -> None:
+    """The processor's chat template reads blocks, and text rows may be packed."""
+    expected, actual = both(tmp_path, **models("llava"), train_dataset=rows)
+    assert_equal_runs(expected, actual)
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "whole"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+def test_equal_with_trls_collator(
+    family: str, cut: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its batches are cut by their image tokens; where nobody knows those they are one pass."""
+    run = models(family)
+    run["train_dataset"] = image_rows(12, sizes=True, without=(0,))
+    expected = train(fastkto, tmp_path, **run, **SMALL_PASSES)
+    collator: Any = DataCollatorForVisionUnpairedPreference(run["processing_class"])
+    if not cut:
+        collator = RaggedCollator(collator, image_token=None)
+    actual = train(fastkto, tmp_path, **run, **SMALL_PASSES, data_collator=collator)
+    assert_equal_runs(expected, actual)
+    batch = actual.data_collator([actual.train_dataset[index] for index in range(4)])
+    assert ("whole" in batch["media"][1]) != cut
+    warnings = [record for record in caplog.records if "told apart" in record.message]
+    assert len(warnings) <= 1 and not (cut and warnings)  # whoever came first has said it
+
+
+def test_a_subclass_gets_text_and_images_in_one_pass(tmp_path: Path) -> None:
+    class Overrides(fastkto.KTOTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs)
+
+    class Library:
+        KTOTrainer, KTOConfig, __name__ = Overrides, fastkto.KTOConfig, "overrides"
+
+    run = models("qwen2_vl") | {"train_dataset": image_rows(12, without=(1,))}
+    assert_equal_runs(train(trl, tmp_path, **run), train(Library, tmp_path, **run))
+
+
+def test_precomputed_scores_are_told_apart_by_their_images(tmp_path: Path) -> None:
+    """Two data sets with one text and different images: neither finds the other's scores."""
+    rows = image_rows(8)
+    turned = rows.map(lambda row: {"images": [image.rotate(90) for image in row["images"]]})
+    cache = {"precompute_ref_log_probs": True, "reference_cache": str(tmp_path / "cache")}
+    for one in (rows, turned):
+        run = models("qwen2_vl") | {"train_dataset": one}
+        expected = train(fastkto, tmp_path, **run)
+        actual = train(fastkto, tmp_path, **run, **cache)
+        assert_equal_runs(expected, actual)
+        assert all(log["ref_cache_misses"] == 0 for log in actual.state.log_history[:-1])
+
+
+def test_a_path_is_loaded_with_its_processor(tmp_path: Path) -> None:
+    run = models("llava") | {"train_dataset": image_rows(8)}
+    run["model"].save_pretrained(tmp_path / "model")
+    run.pop("processing_class").save_pretrained(tmp_path / "model")
+    del run["ref_model"]
+    trainer = train(fastkto, tmp_path, **{**run, "model": str(tmp_path / "model")})
+    assert type(trainer.model) is type(run["model"])
+    assert trainer.reference.description.startswith("the initial policy, loaded again")
+    assert type(trainer.processing_class).__name__ == "LlavaProcessor"
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "processor_config.json").exists()
