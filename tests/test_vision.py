@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import trl
+from accelerate.utils import DistributedType
 from peft import LoraConfig
 from trl.trainer.kto_trainer import DataCollatorForVisionUnpairedPreference
 
 import fastkto
-from fastkto.data.padded import RaggedCollator
+from fastkto.ranks import Ranks
+from fastkto.vision import set_vision_defaults
+from tests.models import tiny_model
 from tests.trl_runs import chat_rows, text_rows
-from tests.vision_models import image_rows, tiny_processor, tiny_vision_model
+from tests.vision_models import PLACEHOLDERS, image_rows, tiny_processor, tiny_vision_model
 from tests.vision_runs import assert_equal_runs, train, trained_weights
 
 SMALL_PASSES = {"max_tokens_per_pass": 60}
@@ -50,13 +55,14 @@ def moved(trainer: Any, start: torch.nn.Module, part: str) -> bool:
     return all(not weight.equal(before[name]) for name, weight in after.items() if part in name)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "llava", "gemma3"])
-@pytest.mark.parametrize("passes", [{}, SMALL_PASSES], ids=["large passes", "small passes"])
-def test_equal_to_trl(family: str, passes: dict[str, Any], tmp_path: Path) -> None:
-    run = models(family)
-    rows = image_rows(12, sizes=True, without=() if passes else (1, 2))
-    expected, actual = both(tmp_path, passes, **run, train_dataset=rows)
+@pytest.mark.parametrize("family", PLACEHOLDERS)
+def test_equal_to_trl(family: str, tmp_path: Path) -> None:
+    """With text between the images, and however the passes are cut."""
+    run = models(family) | {"train_dataset": image_rows(12, sizes=True, without=(1,))}
+    expected, actual = both(tmp_path, **run)
+    in_small_passes = train(fastkto, tmp_path, **run, **SMALL_PASSES)
     assert_equal_runs(expected, actual)
+    assert_equal_runs(expected, in_small_passes)
     kls = [log["kl"] for log in expected.state.log_history if "kl" in log]
     assert min(kls) > 0.1, "zeros would prove nothing"
     assert moved(actual, run["model"], "visual" if "qwen" in family else "projector")
@@ -106,24 +112,22 @@ def test_equal_on_text_alone(rows: Any, tmp_path: Path) -> None:
     assert_equal_runs(expected, actual)
 
 
-@pytest.mark.parametrize("cut", [True, False], ids=["cut", "whole"])
-@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "llava_next"])
 def test_equal_with_trls_collator(
-    family: str, cut: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its batches are cut by their image tokens; where nobody knows those they are one pass."""
+    """Its batches are cut by their image tokens, or stay one pass, which is said once."""
     run = models(family)
     run["train_dataset"] = image_rows(12, sizes=True, without=(0,))
     expected = train(fastkto, tmp_path, **run, **SMALL_PASSES)
-    collator: Any = DataCollatorForVisionUnpairedPreference(run["processing_class"])
-    if not cut:
-        collator = RaggedCollator(collator, image_token=None)
+    collator = DataCollatorForVisionUnpairedPreference(run["processing_class"])
     actual = train(fastkto, tmp_path, **run, **SMALL_PASSES, data_collator=collator)
     assert_equal_runs(expected, actual)
     batch = actual.data_collator([actual.train_dataset[index] for index in range(4)])
-    assert ("whole" in batch["media"][1]) != cut
+    whole = family == "llava_next"
+    assert ("whole" in batch["media"][1]) == whole
     warnings = [record for record in caplog.records if "told apart" in record.message]
-    assert len(warnings) <= 1 and not (cut and warnings)  # whoever came first has said it
+    assert len(warnings) == whole
 
 
 def test_a_subclass_gets_text_and_images_in_one_pass(tmp_path: Path) -> None:
@@ -162,3 +166,29 @@ def test_a_path_is_loaded_with_its_processor(tmp_path: Path) -> None:
     assert type(trainer.processing_class).__name__ == "LlavaProcessor"
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "processor_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, True),
+        ({"ddp_find_unused_parameters": False}, False),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, None),
+    ],
+)
+def test_unused_parameters_are_expected(config: dict[str, Any], expected: bool | None) -> None:
+    args = fastkto.KTOConfig("unused", use_cpu=True, report_to="none", **config)
+    set_vision_defaults(tiny_model("llama"), args)
+    assert args.ddp_find_unused_parameters == config.get("ddp_find_unused_parameters")
+    set_vision_defaults(tiny_vision_model("llava"), args)
+    assert args.ddp_find_unused_parameters is expected
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ranks_that_wait_for_each_other_refuse_images(processes: int) -> None:
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType.FSDP, num_processes=processes
+    )
+    Ranks(accelerator).check_images(False)
+    with pytest.raises(ValueError, match="FSDP") if processes > 1 else nullcontext():
+        Ranks(accelerator).check_images(True)

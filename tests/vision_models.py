@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     Gemma3Processor,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedModel,
     ProcessorMixin,
@@ -23,6 +24,9 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.models import tiny_tokenizer
@@ -30,8 +34,9 @@ from tests.trl_runs import words
 
 VOCAB_SIZE = 128
 PLACEHOLDERS = {"qwen2_vl": "<|image_pad|>", "llava": "<image>", "gemma3": "<boi>"}
-PLACEHOLDERS["qwen2_5_vl"] = PLACEHOLDERS["qwen2_vl"]
-FAMILIES = tuple(PLACEHOLDERS)
+PLACEHOLDERS |= {"qwen2_5_vl": "<|image_pad|>", "llava_next": "<image>"}
+# LLaVA-NeXT's images take numbers of tokens that a batch does not tell.
+CUT_FAMILIES = tuple(family for family in PLACEHOLDERS if family != "llava_next")
 
 _TOKENS = ["<|image_pad|>", "<|video_pad|>", "<image>", "<boi>", "<eoi>", "<|vs|>", "<|ve|>"]
 _TEMPLATE = (
@@ -66,6 +71,9 @@ _TOWER: dict[str, Any] = {
 }
 
 
+_PINPOINTS = [[16, 32], [32, 16], [32, 32]]
+
+
 class ImageOnlyQwenProcessor(Qwen2VLProcessor):
     """Qwen2-VL's without its video processor, which needs torchvision."""
 
@@ -87,10 +95,15 @@ def tiny_processor(family: str) -> ProcessorMixin:
             patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024
         )
         return ImageOnlyQwenProcessor(images, tokenizer, chat_template=template)
-    if family == "llava":
-        square = {"height": 16, "width": 16}
-        images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=square)
-        return LlavaProcessor(
+    if family.startswith("llava"):
+        size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+        is_next = family == "llava_next"
+        images = (
+            LlavaNextImageProcessorPil(image_grid_pinpoints=_PINPOINTS, **size)
+            if is_next
+            else CLIPImageProcessorPil(**size)
+        )
+        return (LlavaNextProcessor if is_next else LlavaProcessor)(
             images,
             tokenizer,
             patch_size=4,
@@ -127,10 +140,12 @@ def tiny_vision_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTra
             tower |= {"out_hidden_size": 32, "depth": 2, "num_heads": 2, "window_size": 16}
             tower |= {"fullatt_block_indexes": [1]}
         tower |= {"spatial_merge_size": 2, "temporal_patch_size": 2}
-    elif family == "llava":
+    elif family.startswith("llava"):
         text["model_type"], tower["model_type"] = "llama", "clip_vision_model"
         fields |= {"image_token_id": token("<image>"), "vision_feature_layer": -1}
         fields |= {"image_token_index": token("<image>")}
+        if family == "llava_next":
+            fields["image_grid_pinpoints"] = _PINPOINTS
     else:
         text |= {"query_pre_attn_scalar": 8, "sliding_window": 8}
         text |= {"layer_types": ["sliding_attention", "full_attention"]}

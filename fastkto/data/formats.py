@@ -59,7 +59,10 @@ def detect_format(columns: Sequence[str], first_row: dict[str, Any], name: str) 
     """
     found = f"the {name} data has the columns {', '.join(columns) or '(none)'}"
     if images := [column for column in ("image", "images") if column in columns]:
-        raise ValueError(f"{found}; rows with {images[0]} are not supported, only text is")
+        raise ValueError(
+            f"{found}; rows with {images[0]} are not supported as tokens: give them to KTOTrainer "
+            "as they are, with the processor of a vision-language model as processing_class"
+        )
     prompt = "prompt" if "prompt" in columns else None
     answers: tuple[str, ...]
     if {"prompt_ids", "completion_ids"} <= set(columns):
