@@ -102,7 +102,7 @@ def _build_padded(sequences: Sequence[TokenSequence], rows: Sequence[int]) -> Pa
     input_ids = torch.cat(tokens).view(len(rows), longest)
     return _scored_pass(sequences, list(rows), input_ids, before)._replace(
         real_tokens=move_index(torch.cat(real), input_ids),
-        media=join_media([sequences[row].media for row in rows], longest),
+        media=join_media([sequences[row].media for row in rows], longest, input_ids.device),
     )
 
 

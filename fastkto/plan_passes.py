@@ -8,7 +8,6 @@ from enum import Enum
 from typing import Any, TypeAlias
 
 from fastkto.data.batch import TokenSequence
-from fastkto.data.media import kind_of
 from fastkto.out_of_memory import PassFacts
 
 # Sequences share a padded pass only if the shorter one fills this much of its row.
@@ -44,7 +43,7 @@ def plan_passes(
     """
     kinds: dict[tuple[Any, ...] | None, list[int]] = {}
     for index, sequence in enumerate(sequences):
-        kind = None if sequence.media is None else kind_of(sequence.media)
+        kind = None if sequence.media is None else sequence.media.kind
         kinds.setdefault(kind, []).append(index)
     if set(kinds) <= {None}:
         return _plan_alike(sequences, max_tokens, layout, share_prompts)

@@ -31,7 +31,7 @@ class ReferenceCache:
         """
         if not sequences:
             return []
-        if any(one.media is not None and "whole" in one.media for one in sequences):
+        if any(one.media is not None and one.media.whole is not None for one in sequences):
             raise ValueError(
                 "precompute_ref_log_probs=True looks log-probabilities up row by row, and the "
                 "images of a data_collator's batch cannot be told apart; leave one of them out"

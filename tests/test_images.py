@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from trl.trainer.kto_trainer import DataCollatorForVisionUnpairedPreference
 
@@ -20,7 +21,7 @@ from fastkto.data.batch import (
 )
 from fastkto.data.cut_media import cut_media
 from fastkto.data.images import ImageCollator
-from fastkto.data.media import join_media
+from fastkto.data.media import Media, join_media
 from fastkto.data.padded import from_padded
 from fastkto.data.prepare import prepare_data
 from fastkto.passes import build_pass
@@ -37,10 +38,12 @@ def rows_of(dataset: Dataset) -> list[dict[str, Any]]:
 def assert_same(one: TokenSequence, other: TokenSequence) -> None:
     assert one.prompt.equal(other.prompt) and one.completion.equal(other.completion)
     assert (one.media is None) == (other.media is None)
-    for part in ("inputs", "token_inputs") if one.media and other.media else ():
-        assert one.media[part].keys() == other.media[part].keys()
-        for name, value in one.media[part].items():
-            assert value.equal(other.media[part][name]), name
+    if one.media is None or other.media is None:
+        return
+    for part in ("inputs", "token_inputs"):
+        values, others = getattr(one.media, part), getattr(other.media, part)
+        assert values.keys() == others.keys()
+        assert all(value.equal(others[name]) for name, value in values.items())
 
 
 @pytest.mark.parametrize("family", CUT_FAMILIES)
@@ -64,6 +67,27 @@ def test_sequences_are_trls(family: str) -> None:
         assert_same(one, other)
         assert one.prompt_key == other.prompt_key
     assert sum(one.media is not None for one, _ in pairs) == 6
+
+
+def test_images_stay_on_the_cpu_when_their_batch_moves() -> None:
+    batch = ImageCollator(tiny_processor("llava"), None)(rows_of(image_rows(2)))
+    moved = send_to_device(batch, torch.device("meta"))
+    assert moved["input_ids"].device.type == "meta"
+    assert moved["media"][0].inputs["pixel_values"].equal(batch["media"][0].inputs["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("media", "message"),
+    [
+        ([None], "media is 1 entries for 2 rows"),
+        ([None, {}], "entry 1 of media is a dict"),
+        ([None, Media({}, {"token_type_ids": torch.ones(1)})], r"has the shape \(1,\)"),
+    ],
+)
+def test_another_collators_media_is_checked(media: Any, message: str) -> None:
+    batch = ImageCollator(tiny_processor("llava"), None)(rows_of(image_rows(2)))
+    with pytest.raises(ValueError, match=message):
+        check_batch({**batch, "media": media}, None)
 
 
 def test_equal_prompts_with_different_images_have_different_keys() -> None:
@@ -123,6 +147,10 @@ def test_data_sets_are_numbered_and_text_is_checked_at_once() -> None:
     dataset = image_rows(4)
     prepared, reports = prepare(dataset)
     assert prepared["row"] == [0, 1, 2, 3] and not reports
+    named = dataset.add_column("row", ["a", "b", "c", "d"])
+    assert prepare(named)[0]["row"] == [0, 1, 2, 3]
+    kept = dataset.add_column("row", [5, 6, 7, 8])
+    assert prepare(kept)[0]["row"] == [5, 6, 7, 8]
     stream, _ = prepare(dataset.to_iterable_dataset())
     assert [row["row"] for row in stream] == [0, 1, 2, 3]
     assert next(iter(stream))["images"][0].size == (16, 16)
@@ -161,8 +189,8 @@ def test_images_need_a_processor() -> None:
 
 def sequence(length: int, size: int | None) -> TokenSequence:
     tokens = torch.arange(length)
-    media = None if size is None else {"inputs": {"pixel_values": torch.ones(1, size)}}
-    media = media and {**media, "token_inputs": {"token_type_ids": torch.ones(2).long()}}
+    numbers = {"token_type_ids": torch.ones(2, dtype=torch.int64)}
+    media = None if size is None else Media({"pixel_values": torch.ones(1, size)}, numbers)
     return TokenSequence(tokens[:2], tokens[2:], 0, media)
 
 
@@ -175,8 +203,10 @@ def test_only_images_of_one_shape_share_a_pass() -> None:
     assert pass_.segments is None and pass_.media is not None
     assert pass_.media["pixel_values"].shape == (2, 4)
     assert pass_.media["token_type_ids"].tolist() == [[1, 1] + [0] * 7] * 2
+    moved = join_media([sequences[0].media], 9, torch.device("meta"))
+    assert {value.device.type for value in moved.values()} == {"meta"}
     with pytest.raises(ValueError, match=r"pixel_values of the rows of one pass have the shapes"):
-        join_media([sequences[0].media, sequences[2].media], 9)
+        join_media([sequences[0].media, sequences[2].media], 9, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +226,6 @@ def test_images_are_given_to_the_rows_whose_tokens_they_fill(
         inputs = {"image_grid_thw": torch.tensor(grid), "pixel_values": torch.arange(16)}
     cut = cut_media(prompts, inputs, {}, image_token=7)
     if expected is None:
-        assert all(row is not None and "whole" in row for row in cut)
+        assert len({row.whole for row in cut if row is not None} - {None}) == 1
         return
-    assert [row and row["inputs"]["pixel_values"].tolist() for row in cut] == expected
+    assert [row and row.inputs["pixel_values"].tolist() for row in cut] == expected

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkto.data.media import Media, check_media, digest_media
+from fastkto.data.media import Media, check_media
 
 _TENSORS = {"label": torch.bool, "input_ids": torch.int64}
 _LISTS = ("rows", "prompt_lengths", "completion_lengths", "prompt_keys")
@@ -42,10 +42,10 @@ class KTOCollator:
         prompt_keys: `prompt_key` of each row's prompt; equal keys mean that one prompt is read for
             all their completions
         truncation_mode: as given; a batch without it is cut as with "keep_start"
-        media (only if a row has images): each row's images, see `fastkto.data.media`
-    Lists of integers stay on the CPU when the batch moves to a device, so that rows are paired and
-    passes planned without waiting for the device. `label` comes first: accelerate reads the batch
-    size from it.
+        media (only if a row has images): each row's `fastkto.data.media.Media`, or None
+    Lists of integers and media stay on the CPU when the batch moves to a device, so that rows are
+    paired and passes planned without waiting for the device. `label` comes first: accelerate reads
+    the batch size from it.
     """
 
     max_length: int | None
@@ -91,7 +91,7 @@ def prompt_key(prompt_ids: Sequence[int], media: Media | None = None) -> int:
     """A number of 63 bits that stands for a prompt with its images, the same in every process."""
     digest = hashlib.blake2b(array("q", prompt_ids).tobytes(), digest_size=8, usedforsecurity=False)
     if media is not None:
-        digest.update(digest_media(media))
+        digest.update(media.digest())
     return int.from_bytes(digest.digest(), "big") >> 1
 
 

@@ -35,8 +35,8 @@ def cut_media(
         image_token: the token that stands for images.
     """
     tokens = [sum(token == image_token for token in prompt) for prompt in prompts]
-    rows: list[Media | None] = [
-        {"inputs": {}, "token_inputs": {name: rows[index] for name, rows in token_inputs.items()}}
+    of_tokens = [
+        {name: values[index] for name, values in token_inputs.items()}
         for index in range(len(prompts))
     ]
     sizes = _rows_of_inputs(inputs, tokens)
@@ -48,15 +48,15 @@ def cut_media(
             ", ".join(inputs),
         )
         number = next(_batches)
-        for row in rows:
-            assert row is not None
-            row["whole"] = number
-        rows[0]["inputs"] = inputs  # type: ignore[index]
-        return rows
-    for name, value in inputs.items():
-        for row, part in zip(rows, value.split(sizes[name]), strict=True):
-            row["inputs"][name] = part  # type: ignore[index]
-    return [row if number else None for row, number in zip(rows, tokens, strict=True)]
+        held = [inputs, *({} for _ in prompts[1:])]
+        return [Media(*parts, number) for parts in zip(held, of_tokens, strict=True)]
+    parts = {name: value.split(sizes[name]) for name, value in inputs.items()}
+    return [
+        Media({name: values[index] for name, values in parts.items()}, of_tokens[index])
+        if number
+        else None
+        for index, number in enumerate(tokens)
+    ]
 
 
 def _rows_of_inputs(inputs: dict[str, Tensor], tokens: list[int]) -> dict[str, list[int]] | None:

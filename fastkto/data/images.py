@@ -21,6 +21,7 @@ from fastkto.data.batch import KTOCollator
 from fastkto.data.formats import RowFormat
 from fastkto.data.media import TOKEN_INPUTS, Media
 from fastkto.data.messages import render, with_images
+from fastkto.data.rows import check_rows, check_tokenizer
 
 IMAGE_COLUMNS = ("image", "images")
 COLUMNS = ["prompt", "completion", *IMAGE_COLUMNS, "tools", "chat_template_kwargs"]
@@ -32,7 +33,33 @@ def has_images(dataset: Dataset | IterableDataset) -> bool:
     return any(column in columns for column in IMAGE_COLUMNS)
 
 
-def detect_image_format(columns: Sequence[str], first_row: dict[str, Any], name: str) -> RowFormat:
+def prepare_image_rows(
+    dataset: Dataset | IterableDataset,
+    processor: ProcessorMixin,
+    *,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> Dataset | IterableDataset:
+    """Rows with `image` or `images` and `prompt`, `completion`, `label`, checked and numbered.
+
+    No image is looked at: `ImageCollator` does that batch by batch. Of a stream only the columns
+    are checked here. Raises as `prepare_rows` does.
+    """
+    dataset = dataset.with_format(None)
+    first_row = next(iter(dataset), None)
+    if first_row is None:
+        raise ValueError(f"the {name} data has no rows")
+    columns = dataset.column_names or list(first_row)
+    row_format = _detect_format(columns, first_row, name)
+    if row_format.kind == "conversation":
+        check_tokenizer(processor, row_format, first_row, name)
+    if isinstance(dataset, Dataset):
+        texts = dataset.select_columns([c for c in row_format.columns if c in columns])
+        check_rows(texts, row_format, num_proc, name)
+    return _number(dataset)
+
+
+def _detect_format(columns: Sequence[str], first_row: dict[str, Any], name: str) -> RowFormat:
     """The format of a data set with images; ValueError if it is not prompt, completion, label."""
     image = next(column for column in IMAGE_COLUMNS if column in columns)
     if {"chosen", "rejected"} & set(columns):
@@ -50,17 +77,19 @@ def detect_image_format(columns: Sequence[str], first_row: dict[str, Any], name:
     return formats.detect_format(texts, first_row, name)
 
 
-def number_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The data set with a column `row`, for errors; it stays if it is there already."""
-    if "row" in (dataset.column_names or ()):
-        return dataset
+def _number(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The data set with a column `row` for errors; integers that are there already stay."""
     if isinstance(dataset, IterableDataset):
-        return dataset.map(_add_number, with_indices=True)
+        return dataset.map(_number_row, with_indices=True)
+    if "row" in dataset.column_names:
+        if dataset.features["row"].dtype == "int64":
+            return dataset
+        dataset = dataset.remove_columns("row")
     return dataset.add_column("row", np.arange(len(dataset)))
 
 
-def _add_number(row: dict[str, Any], index: int) -> dict[str, Any]:
-    return {**row, "row": index}
+def _number_row(row: dict[str, Any], index: int) -> dict[str, Any]:
+    return {**row, "row": row["row"] if type(row.get("row")) is int else index}
 
 
 @dataclass(frozen=True)
@@ -148,14 +177,14 @@ def _images(row: dict[str, Any]) -> list[Any]:
 
 def _media(inputs: dict[str, Any]) -> Media:
     """What a processor returns beside `input_ids`, for one row."""
-    media: Media = {"inputs": {}, "token_inputs": {}}
+    media = Media({}, {})
     for name, value in inputs.items():
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"the processor returns {name} as a {type(value).__name__}, expected a tensor"
             )
         if name in TOKEN_INPUTS:
-            media["token_inputs"][name] = value[0]
+            media.token_inputs[name] = value[0]
         else:
-            media["inputs"][name] = value
+            media.inputs[name] = value
     return media

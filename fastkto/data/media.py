@@ -1,32 +1,69 @@
-"""The images of a row: model inputs that stand beside the tokens of its prompt.
-
-A row's `media` is a dict, or None if it has no image:
-    inputs: tensors such as `pixel_values` and `image_grid_thw`, whose first dimension is counted in
-        images, patches or rows, so that those of several rows are concatenated along it
-    token_inputs: tensors [P] with a number for each token of the prompt, such as
-        `mm_token_type_ids`; 0 at every token behind it
-    whole (only where a batch's images could not be told apart): a number that stands for that
-        batch. Its first row's `inputs` hold all of them, so its rows stay together, in order
-"""
+"""The images of a row: model inputs that stand beside the tokens of its prompt."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Media: TypeAlias = dict[str, Any]
-
 # Model inputs with a number for each token.
 TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
-_PARTS = ("inputs", "token_inputs")
+
+
+@dataclass(frozen=True)
+class Media:
+    """What a processor makes of one row's images.
+
+    It stays on the CPU when its batch moves to a device, and goes there pass by pass, so that
+    memory there follows the passes and not the batch.
+
+    Attributes:
+        inputs: tensors such as `pixel_values` and `image_grid_thw`, whose first dimension counts
+            images, patches or rows, so that those of several rows are concatenated along it.
+        token_inputs: tensors [P] int64 with a number for each token of the prompt, such as
+            `mm_token_type_ids`; it is 0 at every token behind it.
+        whole: only where a batch's images could not be told apart, a number that stands for that
+            batch. The `inputs` of its first row hold all of them, so its rows stay together.
+    """
+
+    inputs: dict[str, Tensor]
+    token_inputs: dict[str, Tensor]
+    whole: int | None = None
+
+    def pin_memory(self) -> Media:
+        """For DataLoader: a copy that can be moved without waiting."""
+        inputs, token_inputs = (
+            {name: value.pin_memory() for name, value in part.items()}
+            for part in (self.inputs, self.token_inputs)
+        )
+        return replace(self, inputs=inputs, token_inputs=token_inputs)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for rows whose inputs can be concatenated, and for all rows of a whole batch."""
+        if self.whole is not None:
+            return ("whole", self.whole)
+        inputs = [(name, self.inputs[name]) for name in sorted(self.inputs)]
+        shapes = ((name, value.dtype, value.shape[1:]) for name, value in inputs)
+        return (*shapes, *sorted(self.token_inputs))
+
+    def digest(self) -> bytes:
+        """16 bytes that stand for the names, types, shapes and values."""
+        digest = hashlib.blake2b(digest_size=16, usedforsecurity=False)
+        for part in (self.inputs, self.token_inputs):
+            for name, value in sorted(part.items()):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+                digest.update(value.cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(str(self.whole).encode())
+        return digest.digest()
 
 
 def check_media(media: Any, prompt_lengths: Sequence[int], remedy: str) -> None:
-    """Raise ValueError if a batch's `media` is not one entry a row, laid out as above."""
+    """Raise ValueError unless a batch's `media` is a list of a `Media` or None for each row."""
     if not isinstance(media, list) or len(media) != len(prompt_lengths):
         what = f"{len(media)} entries" if isinstance(media, list) else f"a {type(media).__name__}"
         raise ValueError(
@@ -34,46 +71,27 @@ def check_media(media: Any, prompt_lengths: Sequence[int], remedy: str) -> None:
             f"each; {remedy}"
         )
     for row, (one, length) in enumerate(zip(media, prompt_lengths, strict=True)):
-        if one is None:
-            continue
-        parts = [one.get(part) if isinstance(one, dict) else None for part in _PARTS]
-        if not all(isinstance(part, dict) for part in parts):
+        if not isinstance(one, Media | None):
             raise ValueError(
-                f"entry {row} of media is no dict with {' and '.join(_PARTS)}; {remedy}"
+                f"entry {row} of media is a {type(one).__name__}, expected a "
+                f"fastkto.data.media.Media or None; {remedy}"
             )
-        for name, value in parts[1].items():  # type: ignore[union-attr]
-            if not isinstance(value, Tensor) or value.shape != (length,):
+        for name, value in one.token_inputs.items() if one is not None else ():
+            if value.shape != (length,):
                 raise ValueError(
-                    f"{name} in entry {row} of media has not one number for each of the prompt's "
-                    f"{length} tokens; {remedy}"
+                    f"{name} in entry {row} of media has the shape {tuple(value.shape)}, expected "
+                    f"one number for each of the prompt's {length} tokens; {remedy}"
                 )
 
 
-def digest_media(media: Media) -> bytes:
-    """16 bytes that stand for the names, shapes and values of a row's images."""
-    digest = hashlib.blake2b(digest_size=16, usedforsecurity=False)
-    for part in _PARTS:
-        for name, value in sorted(media[part].items()):
-            digest.update(f"{part} {name} {value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(value.cpu().contiguous().view(torch.uint8).numpy().data)
-    digest.update(str(media.get("whole")).encode())
-    return digest.digest()
-
-
-def kind_of(media: Media) -> tuple[Any, ...]:
-    """Equal for rows whose images can be concatenated; for rows of a whole batch, that batch's."""
-    if "whole" in media:
-        return ("whole", media["whole"])
-    inputs = ((name, value.dtype, value.shape[1:]) for name, value in media["inputs"].items())
-    return (*sorted(inputs, key=lambda one: one[0]), *sorted(media["token_inputs"]))
-
-
-def join_media(media: Sequence[Media | None], length: int) -> dict[str, Tensor]:
+def join_media(
+    media: Sequence[Media | None], length: int, device: torch.device
+) -> dict[str, Tensor]:
     """Model inputs of a padded pass: of its rows' media, each row `length` tokens; {} for none."""
     present = [one for one in media if one is not None]
     joined: dict[str, Tensor] = {}
-    for name in dict.fromkeys(name for one in present for name in one["inputs"]):
-        parts = [one["inputs"][name] for one in present if name in one["inputs"]]
+    for name in dict.fromkeys(name for one in present for name in one.inputs):
+        parts = [one.inputs[name] for one in present if name in one.inputs]
         if len({part.shape[1:] for part in parts}) > 1:
             shapes = ", ".join(str(tuple(part.shape)) for part in parts)
             raise ValueError(
@@ -81,12 +99,13 @@ def join_media(media: Sequence[Media | None], length: int) -> dict[str, Tensor]:
                 "concatenated; bring images to one size in the processor, or do not override "
                 "compute_loss, which puts all rows into one pass"
             )
-        joined[name] = torch.cat(parts)
-    for name in dict.fromkeys(name for one in present for name in one["token_inputs"]):
-        like = next(one["token_inputs"][name] for one in present if name in one["token_inputs"])
-        joined[name] = like.new_zeros(len(media), length)
+        moved = [part.to(device, non_blocking=True) for part in parts]
+        joined[name] = torch.cat(moved)
+    for name in dict.fromkeys(name for one in present for name in one.token_inputs):
+        numbers = torch.zeros(len(media), length, dtype=torch.int64)
         for row, one in enumerate(media):
-            if one is not None and name in one["token_inputs"]:
-                values = one["token_inputs"][name]
-                joined[name][row, : len(values)] = values
+            if one is not None and name in one.token_inputs:
+                values = one.token_inputs[name]
+                numbers[row, : len(values)] = values
+        joined[name] = numbers.to(device, non_blocking=True)
     return joined

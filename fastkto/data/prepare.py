@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastkto.config import KTOConfig
 from fastkto.data import images
-from fastkto.data.rows import RowReport, prepare_image_rows, prepare_rows
+from fastkto.data.rows import RowReport, prepare_rows
 from fastkto.processing import tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def prepare_data(
     if images.has_images(dataset):
         _check_image_run(processing, name, args)
         with args.main_process_first(desc=f"checking the {name} data set"):
-            return prepare_image_rows(
+            return images.prepare_image_rows(
                 dataset, processing, num_proc=args.dataset_num_proc, name=name
             ), {}
     is_processor = isinstance(processing, ProcessorMixin)

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from fastkto.data import formats, images
+from fastkto.data import formats
 from fastkto.data.formats import Problem, RowFormat
 from fastkto.data.tokenise import (
     Check,
@@ -125,7 +125,7 @@ def prepare_rows(
         raise ValueError(f"the {name} data has no rows")
     columns = dataset.column_names or list(first_row)
     row_format = formats.detect_format(columns, first_row, name)
-    _check_tokenizer(tokenizer, row_format, first_row, name)
+    check_tokenizer(tokenizer, row_format, first_row, name)
     tokenise = Tokenise(tokenizer, row_format, source_digest(), in_blocks)
     if isinstance(dataset, IterableDataset):
         stream = dataset.map(
@@ -138,7 +138,7 @@ def prepare_rows(
         )
         return stream, None
     dataset = dataset.select_columns([c for c in row_format.columns if c in columns])
-    _check_rows(dataset, row_format, num_proc, name)
+    check_rows(dataset, row_format, num_proc, name)
     rows = dataset.map(
         tokenise,
         batched=True,
@@ -149,32 +149,6 @@ def prepare_rows(
         desc=f"Tokenising the {name} data",
     )
     return _finish(rows, row_format, len(dataset), max_length, truncation_mode, name)
-
-
-def prepare_image_rows(
-    dataset: Dataset | IterableDataset,
-    processor: ProcessorMixin,
-    *,
-    num_proc: int | None = None,
-    name: str = "train",
-) -> Dataset | IterableDataset:
-    """Rows with `image` or `images` and `prompt`, `completion`, `label`, checked and numbered.
-
-    No image is looked at: `fastkto.data.images.ImageCollator` does that batch by batch. Of a stream
-    only the first row is checked here. Raises as `prepare_rows` does.
-    """
-    dataset = dataset.with_format(None)
-    first_row = next(iter(dataset), None)
-    if first_row is None:
-        raise ValueError(f"the {name} data has no rows")
-    columns = dataset.column_names or list(first_row)
-    row_format = images.detect_image_format(columns, first_row, name)
-    if row_format.kind == "conversation":
-        _check_tokenizer(processor, row_format, first_row, name)
-    if isinstance(dataset, Dataset):
-        texts = dataset.select_columns([c for c in row_format.columns if c in columns])
-        _check_rows(texts, row_format, num_proc, name)
-    return images.number_rows(dataset)
 
 
 def _finish(
@@ -239,7 +213,7 @@ def _check_arguments(dataset: Any, tokenizer: Any, max_length: int | None, name:
         raise ValueError(f"max_length is {max_length}; it must be 1 or more, or None")
 
 
-def _check_tokenizer(
+def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     row_format: RowFormat,
     first_row: dict[str, Any],
@@ -261,7 +235,7 @@ def _check_tokenizer(
         )
 
 
-def _check_rows(dataset: Dataset, row_format: RowFormat, num_proc: int | None, name: str) -> None:
+def check_rows(dataset: Dataset, row_format: RowFormat, num_proc: int | None, name: str) -> None:
     """Raise ValueError with the numbers of all rows that cannot be used, if any."""
     found = dataset.map(
         Check(row_format, source_digest()),
