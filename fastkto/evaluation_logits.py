@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkto.data.batch import matched_sequences
+from fastkto.data.media import join_media
 from fastkto.head_check import evaluating
 
 
@@ -16,13 +17,15 @@ def logits_and_tokens(
 
     Of the matched sequences. All `B * T * V` logits are in memory at once.
     """
-    sequences = [
-        torch.cat([one.prompt, one.completion]) for one in matched_sequences(batch, max_length)
-    ]
+    matched = matched_sequences(batch, max_length)
+    sequences = [torch.cat([one.prompt, one.completion]) for one in matched]
     input_ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
     lengths = torch.tensor([len(one) for one in sequences], device=input_ids.device)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     attention_mask = (positions < lengths[:, None]).long()
+    images = join_media([one.media for one in matched], input_ids.shape[1], input_ids.device)
     with evaluating(model):
-        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        output = model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **images
+        )
     return output.logits, input_ids

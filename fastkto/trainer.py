@@ -57,7 +57,7 @@ from fastkto.policy import (
     router_settings,
 )
 from fastkto.precompute import precompute
-from fastkto.processing import load_processing
+from fastkto.processing import load_processing, tokenizer_of
 from fastkto.ranks import Ranks
 from fastkto.reference import choose_reference
 from fastkto.reference_sync import SyncReference, check_sync, load_reference, save_reference
@@ -361,7 +361,7 @@ class KTOTrainer(Trainer):
                     model,
                     inputs,
                     max_length=self.step_settings.args.max_length,
-                    pad_token_id=self.processing_class.pad_token_id,
+                    pad_token_id=tokenizer_of(self.processing_class).pad_token_id,
                 )
         self._check_step()
         return loss, logits, tokens
@@ -483,7 +483,7 @@ class KTOTrainer(Trainer):
 
 def _default_collator(processing: Any, args: KTOConfig) -> KTOCollator | ImageCollator:
     if isinstance(processing, ProcessorMixin):
-        return ImageCollator(processing, args.max_length)
+        return ImageCollator(processing, args.max_length, args.truncation_mode)
     return KTOCollator(args.max_length, args.truncation_mode)
 
 

@@ -18,6 +18,7 @@ import fastkto
 from fastkto.ranks import Ranks
 from fastkto.vision import set_vision_defaults
 from tests.models import tiny_model
+from tests.test_trl_equality import next_token_accuracy
 from tests.trl_runs import chat_rows, text_rows
 from tests.vision_models import PLACEHOLDERS, image_rows, tiny_processor, tiny_vision_model
 from tests.vision_runs import assert_equal_runs, train, trained_weights
@@ -99,9 +100,11 @@ def test_equal_with_a_new_adapter(family: str, tmp_path: Path) -> None:
 
 def test_equal_in_evaluation(tmp_path: Path) -> None:
     rows = {"train_dataset": image_rows(12), "eval_dataset": image_rows(8, seed=3, without=(2,))}
-    expected, actual = both(tmp_path, SMALL_PASSES, **models("qwen2_vl"), **rows)
+    run = {**models("qwen2_vl"), **rows, "compute_metrics": next_token_accuracy}
+    expected, actual = both(tmp_path, SMALL_PASSES, **run)
     theirs, ours = expected.evaluate(), actual.evaluate()
-    for name in ("eval_loss", "eval_kl", "eval_rewards/margins", "eval_logps/chosen"):
+    names = ("loss", "kl", "rewards/margins", "logps/chosen", "accuracy", "logit")
+    for name in (f"eval_{name}" for name in names):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 

@@ -103,11 +103,12 @@ class ImageCollator:
 
     processor: ProcessorMixin
     max_length: int | None
+    truncation_mode: str = "keep_start"  # "keep_end": for rows of `prepare_rows` only
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         numbered = ({"row": index, **row} for index, row in enumerate(rows))
         encoded = [row if "prompt_ids" in row else self.encode(row) for row in numbered]
-        return KTOCollator(self.max_length)(encoded)
+        return KTOCollator(self.max_length, self.truncation_mode)(encoded)
 
     def encode(self, row: dict[str, Any]) -> dict[str, Any]:
         """`prompt_ids`, `completion_ids`, `label`, `row` and `media` of a row."""

@@ -96,8 +96,8 @@ def join_media(
             shapes = ", ".join(str(tuple(part.shape)) for part in parts)
             raise ValueError(
                 f"{name} of the rows of one pass have the shapes {shapes}, which cannot be "
-                "concatenated; bring images to one size in the processor, or do not override "
-                "compute_loss, which puts all rows into one pass"
+                "concatenated; bring images to one size in the processor, or leave out "
+                "compute_metrics and what overrides compute_loss: these put a batch into one pass"
             )
         moved = [part.to(device, non_blocking=True) for part in parts]
         joined[name] = torch.cat(moved)

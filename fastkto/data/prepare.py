@@ -83,6 +83,11 @@ def _check_image_run(processing: Any, name: str, args: KTOConfig) -> None:
             "pass the processor of a vision-language model, AutoProcessor.from_pretrained(model), "
             "or leave the images out"
         )
+    if args.truncation_mode == "keep_end":
+        raise ValueError(
+            f"truncation_mode is 'keep_end', which would cut the prompts that the images of the "
+            f"{name} data stand in; use 'keep_start'"
+        )
     for field, value in (
         ("train_sampling_strategy", "group_by_length"),
         ("max_tokens_per_pass", "auto"),
