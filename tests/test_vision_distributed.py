@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.launch import launch
-from tests.vision_distributed_run import CASES, WORLD_SIZE
+from tests.vision_distributed_run import CASES, WORLD_SIZE, run
 from tests.vision_models import tiny_vision_model
 
 SCRIPT = Path(__file__).parent / "vision_distributed_run.py"
@@ -18,7 +18,8 @@ SCRIPT = Path(__file__).parent / "vision_distributed_run.py"
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every case: of `one` process and of `two`."""
     directory = tmp_path_factory.mktemp("runs")
-    launch(SCRIPT, directory / "one")
+    for case in CASES:
+        run(case, directory / "one" / case)
     launch(SCRIPT, directory / "two", processes=WORLD_SIZE)
     return directory
 

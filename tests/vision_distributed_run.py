@@ -1,6 +1,5 @@
-"""Small runs with images for tests/test_vision_distributed.py, alone or as one of two processes.
+"""Small runs with images for tests/test_vision_distributed.py, there or in two processes.
 
-python tests/vision_distributed_run.py OUTPUT_DIR
 torchrun --nproc-per-node 2 tests/vision_distributed_run.py OUTPUT_DIR
 """
 

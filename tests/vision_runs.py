@@ -10,6 +10,10 @@ import pytest
 import torch
 
 STEPS = 3
+ARGUMENTS = (
+    "ref_model train_dataset eval_dataset processing_class peft_config data_collator "
+    "compute_metrics"
+).split()
 
 
 def train(library: Any, directory: Path, *, model: Any, **run: Any) -> Any:
@@ -17,10 +21,7 @@ def train(library: Any, directory: Path, *, model: Any, **run: Any) -> Any:
 
     Other arguments are the trainer's, if it has them, and else its config's.
     """
-    names = ("ref_model", "train_dataset", "eval_dataset", "processing_class", "peft_config")
-    arguments = {
-        name: run.pop(name) for name in (*names, "data_collator", "compute_metrics") if name in run
-    }
+    arguments = {name: run.pop(name) for name in ARGUMENTS if name in run}
     settings = {
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
