@@ -171,7 +171,7 @@ def no_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model was loaded before the mistake was named")
 
-    monkeypatch.setattr("fastkto.policy.AutoModelForCausalLM.from_pretrained", load)
+    monkeypatch.setattr("fastkto.model_class.AutoModelForCausalLM.from_pretrained", load)
 
 
 def test_there_are_sixty_different_sentences() -> None:
