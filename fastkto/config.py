@@ -245,13 +245,7 @@ class KTOConfig(TrainingArguments):
             if hasattr(self, new) and getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))
         super().__post_init__()
-        for name in ("max_tokens_per_pass", "pad_to_multiple_of"):  # a command line gives text
-            if str(getattr(self, name)).isdecimal():
-                setattr(self, name, int(getattr(self, name)))
-        if self.pad_to_multiple_of == "auto":
-            self.pad_to_multiple_of = None
-        if self.max_tokens_per_pass is None:
-            self.max_tokens_per_pass = DEFAULT_TOKENS
+        self._resolve()
         self._check()
 
     @classmethod
@@ -278,8 +272,19 @@ class KTOConfig(TrainingArguments):
         for one in fields(cls):
             if not hasattr(config, one.name):
                 setattr(config, one.name, one.default)
+        config._resolve()
         config._check()
         return config
+
+    def _resolve(self) -> None:
+        """Numbers that a command line gives as text, and what "auto" and None stand for."""
+        for name in ("max_tokens_per_pass", "pad_to_multiple_of"):
+            if str(getattr(self, name)).isdecimal():
+                setattr(self, name, int(getattr(self, name)))
+        if self.pad_to_multiple_of == "auto":
+            self.pad_to_multiple_of = None
+        if self.max_tokens_per_pass is None:
+            self.max_tokens_per_pass = DEFAULT_TOKENS
 
     def _check(self) -> None:
         for name in ("learning_rate", "beta", "desirable_weight", "undesirable_weight"):
