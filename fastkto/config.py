@@ -371,5 +371,10 @@ class KTOConfig(TrainingArguments):
         """Whether the loss uses a KL estimate, and so mismatched sequences."""
         return self.loss_type == "kto"
 
+    @property
+    def needs_partners(self) -> bool:
+        """Whether each row has to be paired with another; batches may bring mismatched ones."""
+        return self.needs_kl
+
 
 KTOConfig._VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]

@@ -22,7 +22,7 @@ def check_batch_size(args: KTOConfig, name: str, batch_size: int, steps: int = 1
     rows = batch_size // processes
     if args.kl_scope == "window":
         rows *= steps * args.world_size
-    if not args.needs_kl or rows >= 2:
+    if not args.needs_partners or rows >= 2:
         return
     split = f", split over {processes} processes," if processes > 1 else ""
     remedy = (

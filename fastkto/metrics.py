@@ -58,16 +58,22 @@ class Metrics:
         """Forget the recorded micro-batches."""
         self._micro_batches.clear()
 
-    def collect(self, reduce: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], float | None]:
-        """Values since the last call, and the mean loss over rows (None without any).
+    def take(self, reduce: Callable[[Tensor], Tensor]) -> list[dict[str, float]]:
+        """Sums over ranks, of each micro-batch since the last call.
 
         `reduce` sums a tensor over ranks; all ranks must have recorded equally many micro-batches.
         """
         if not self._micro_batches:
-            return {}, None
+            return []
         table = reduce(torch.stack(self._micro_batches)).tolist()
         self.clear()
-        micro_batches = [dict(zip(FIELDS, row, strict=True)) for row in table]
+        return [dict(zip(FIELDS, row, strict=True)) for row in table]
+
+    def collect(self, reduce: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], float | None]:
+        """Values since the last call, and the mean loss over rows (None without any)."""
+        micro_batches = self.take(reduce)
+        if not micro_batches:
+            return {}, None
         per_batch = [_values(sums) for sums in micro_batches]
         names = dict.fromkeys(name for values in per_batch for name in values)
         logs = {name: _mean([v[name] for v in per_batch if name in v]) for name in names}

@@ -41,7 +41,7 @@ def precompute(trainer: KTOTrainer) -> None:
     several ranks all of them have to call this. The random state of the CPU stays what it is.
     """
     args, train_set = trainer.step_settings.args, trainer.train_dataset
-    pairs_are_known = args.train_sampling_strategy == "sequential" or not args.needs_kl
+    pairs_are_known = args.train_sampling_strategy == "sequential" or not args.needs_partners
     # A batch size that is found while training would give other pairs.
     is_complete = pairs_are_known and not args.auto_find_batch_size
     given = trainer.eval_dataset

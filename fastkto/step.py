@@ -90,6 +90,7 @@ class BatchLoss:
         self.counted = (index_B < counted).double()
         self.scores = self.counted.new_zeros(len(SCORES), len(self.rows))  # [4, B] fp64, nats
         self.num_rows: float = len(self.rows)  # what the sum of the rows' losses is divided by
+        self.sft_weight = 0.0  # of the SFT term, in a desirable row's loss
         self.kl: Tensor | None = None
         self.expert_counts: Tensor | None = None
         self._running: tuple[str, list[Group]] | None = None  # the last pass: its kind, its groups
@@ -154,6 +155,7 @@ class BatchLoss:
             desirable_weight=args.desirable_weight,
             undesirable_weight=args.undesirable_weight,
             loss_type=args.loss_type,
+            sft_weight=self.sft_weight,
             num_rows=self.num_rows,
             backend=args.backend,
         )

@@ -59,7 +59,7 @@ from fastkto.policy import (
 from fastkto.precompute import precompute
 from fastkto.processing import load_processing, tokenizer_of
 from fastkto.ranks import Ranks
-from fastkto.reference import choose_reference
+from fastkto.reference import Reference, choose_reference
 from fastkto.reference_sync import SyncReference, check_sync, load_reference, save_reference
 from fastkto.repeats import RepeatedRows
 from fastkto.score_store import ScoreStore, default_folder
@@ -142,12 +142,9 @@ class KTOTrainer(Trainer):
         eval_dataset = self._prepare(eval_dataset, "eval", processing, args)
         set_seed(args.seed)  # before the model: the weights of a new adapter are random
         policy = load_policy(model, init_kwargs, peft_config)
-        prepare_adapter(policy, args)
-        set_vision_defaults(policy, args)
-        if train_dataset is not None:
-            check_trainable(policy)
+        self._prepare_policy(policy, args, will_train=train_dataset is not None)
         check_sync(args, policy, ref_model)
-        self.reference = choose_reference(
+        self.reference = self._choose_reference(
             policy,
             ref_model,
             # With a moving reference a new adapter needs a second one, equal to none at first.
@@ -189,12 +186,14 @@ class KTOTrainer(Trainer):
         self.accelerator.gradient_accumulation_steps = 1
         self._signature_columns = [*COLUMNS, *IMAGE_COLUMNS]
         # A subclass may do anything with the loss, so it gets one graph over the whole batch.
-        self._single_pass = type(self).compute_loss is not KTOTrainer.compute_loss
-        if self._single_pass:
+        overridden = self._overridden_methods()
+        self._single_pass = bool(overridden)
+        if overridden:
             logger.warning(
-                "%s overrides compute_loss, so each batch is one pass over all its rows, whatever "
+                "%s overrides %s, so each batch is one pass over all its rows, whatever "
                 "max_tokens_per_pass is",
                 type(self).__name__,
+                ", ".join(overridden),
             )
         self.model.add_model_tags(["fastkto", "kto"])
         # Numbers that are not finite stop the run here, so Trainer need not read every loss.
@@ -220,6 +219,19 @@ class KTOTrainer(Trainer):
         if args.sync_ref_model:
             self.add_callback(SyncReference(self))
         self.add_callback(_StartOfTraining(self))
+
+    def _overridden_methods(self) -> list[str]:
+        """The methods of the loss that a subclass has replaced."""
+        return [] if type(self).compute_loss is KTOTrainer.compute_loss else ["compute_loss"]
+
+    def _prepare_policy(self, policy: Any, args: KTOConfig, *, will_train: bool) -> None:
+        prepare_adapter(policy, args)
+        set_vision_defaults(policy, args)
+        if will_train:
+            check_trainable(policy)
+
+    def _choose_reference(self, policy: Any, ref_model: Any, **how: Any) -> Reference:
+        return choose_reference(policy, ref_model, **how)
 
     def _prepare(
         self,
@@ -383,10 +395,15 @@ class KTOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training metrics since the last log; those of an evaluation are in already."""
         if "loss" in logs or "train_runtime" in logs:
-            values, _ = self._train_metrics.collect(self.ranks.sum)
-            if values:
-                logs |= values | {"num_tokens": float(self._token_count.num_tokens)}
+            logs |= self._collect(self._train_metrics)[0]
         super().log(logs, start_time)
+
+    def _collect(self, metrics: Metrics) -> tuple[dict[str, float], float | None]:
+        """What a log shows of the micro-batches since the last one, and their mean loss."""
+        values, loss = metrics.collect(self.ranks.sum)
+        if values:
+            values["num_tokens"] = float(self._token_count.num_tokens)
+        return values, loss
 
     # ---- Evaluation ----
 
@@ -419,9 +436,9 @@ class KTOTrainer(Trainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         release_gathered(self.model_wrapped)
-        values, loss = self._eval_metrics.collect(self.ranks.sum)
+        values, loss = self._collect(self._eval_metrics)
         if loss is not None:
-            values |= {"loss": loss, "num_tokens": float(self._token_count.num_tokens)}
+            values["loss"] = loss
         output.metrics.update({f"{metric_key_prefix}_{key}": v for key, v in values.items()})
         return output
 
