@@ -1,0 +1,243 @@
+"""LLaMA-Factory's `CustomKTOTrainer`, with fastkto's step."""
+
+import logging
+from types import MethodType
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from fastkto.config import KTOConfig
+from fastkto.data.padded import is_padded
+from fastkto.integrations.llamafactory.arguments import kto_arguments
+from fastkto.integrations.llamafactory.batches import Collator, check_keys, to_ragged
+from fastkto.integrations.llamafactory.logs import log_values, sums_of_micro_batches
+from fastkto.integrations.llamafactory.methods import BatchMethods
+from fastkto.integrations.llamafactory.parts import (
+    PolicyItself,
+    RowsWithoutNumbers,
+    remove_upcast,
+)
+from fastkto.limits import check_trainable
+from fastkto.metrics import Metrics
+from fastkto.reference import Reference
+from fastkto.step import BatchLoss
+from fastkto.trainer import KTOTrainer
+
+logger = logging.getLogger(__name__)
+
+# A subclass that overrides one of these has it called.
+_METHODS = (
+    "forward",
+    "concatenated_forward",
+    "compute_reference_log_probs",
+    "kto_loss",
+    "get_batch_loss_metrics",
+    "compute_loss",
+)
+
+
+class CustomKTOTrainer(BatchMethods, KTOTrainer):
+    """Trains as `llamafactory.train.kto.trainer.CustomKTOTrainer` of LLaMA-Factory 0.9.5 does.
+
+    A device batch is scored in passes, and the methods of `BatchMethods` are not called. If a
+    subclass overrides one of them or `compute_loss`, each batch is one pass in them.
+
+    Args:
+        model: the policy, a `PreTrainedModel` or `PeftModel` as LLaMA-Factory loads it.
+        ref_model: the reference. None: the policy without its adapter. It may be `model` itself in
+            evaluation; rewards and the KL estimate are then 0.
+        finetuning_args: LLaMA-Factory's `FinetuningArguments`.
+        processor: saved with every checkpoint and at the end, unless None.
+        disable_dropout: set every dropout probability of both models to 0.
+        kwargs: `tokenizer`, and `Trainer`'s `args` (any `TrainingArguments`), `data_collator`,
+            `train_dataset`, `eval_dataset`, `callbacks`, `optimizers`.
+    """
+
+    # Fields of `arguments.OPTIONS`; `patch` and subclasses set them.
+    options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any,
+        finetuning_args: Any,
+        processor: Any,
+        disable_dropout: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        given = kwargs.pop("args", None) or TrainingArguments("trainer_output")
+        collator = kwargs.pop("data_collator", None)
+        if collator is None:
+            raise ValueError(
+                "data_collator is None; pass LLaMA-Factory's KTODataCollatorWithPadding"
+            )
+        if "tokenizer" in kwargs:
+            kwargs["processing_class"] = kwargs.pop("tokenizer")
+        self.finetuning_args = finetuning_args
+        self.beta = finetuning_args.pref_beta
+        self.desirable_weight = finetuning_args.kto_chosen_weight
+        self.undesirable_weight = finetuning_args.kto_rejected_weight
+        self.ftx_gamma = finetuning_args.pref_ftx
+        self._ref_is_model = ref_model is model
+        self._obeys = bool(self._overridden_methods())
+        self._stored: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+        args = kto_arguments(
+            given, finetuning_args, disable_dropout=disable_dropout, options=self.options
+        )
+        self.loss_type, self.calculate_KL = args.loss_type, args.needs_kl
+        if self._obeys and args.kl_scope != "batch":
+            raise ValueError(
+                f"kl_scope is {args.kl_scope!r}, and {type(self).__name__} overrides "
+                f"{', '.join(self._overridden_methods())}, which see one batch; use 'batch'"
+            )
+        super().__init__(
+            model=model,
+            ref_model=None if self._ref_is_model else ref_model,
+            args=args,
+            data_collator=Collator(collator),
+            **kwargs,
+        )
+        if self._obeys:
+            self.data_collator = collator
+        self._repeated_rows = RowsWithoutNumbers(self.accelerator, self.args.dataloader_num_workers)
+        self._take_on(finetuning_args, processor)
+
+    def _take_on(self, finetuning_args: Any, processor: Any) -> None:
+        """What LLaMA-Factory's trainer adds to a run beside the loss."""
+        for name in ("galore", "apollo"):
+            layerwise = getattr(finetuning_args, f"{name}_layerwise")
+            if getattr(finetuning_args, f"use_{name}") and layerwise:
+                # It updates the weights inside backward, so a second pass would see others.
+                self._single_pass = True
+                logger.warning("%s_layerwise is on, so each batch is one pass", name)
+        if processor is not None:
+            from llamafactory.train.callbacks import SaveProcessorCallback
+
+            self.add_callback(SaveProcessorCallback(processor))
+        if finetuning_args.use_badam:
+            from badam import BAdamCallback, clip_grad_norm_old_version
+
+            self.accelerator.clip_grad_norm_ = MethodType(
+                clip_grad_norm_old_version, self.accelerator
+            )
+            self.add_callback(BAdamCallback)
+
+    @property
+    def ref_model(self) -> Any:
+        """The reference if it is a model: None stands for the policy without its adapter."""
+        return self.model if self._ref_is_model else self.reference.model
+
+    # ---- What KTOTrainer asks for while it is built ----
+
+    def _overridden_methods(self) -> list[str]:
+        own = type(self)
+        return [
+            name for name in _METHODS if getattr(own, name) is not getattr(CustomKTOTrainer, name)
+        ]
+
+    def _prepare_policy(self, policy: Any, args: KTOConfig, *, will_train: bool) -> None:
+        # LLaMA-Factory has prepared it, and gives a data set to train on in any case.
+        remove_upcast(policy)
+
+    def _choose_reference(self, policy: Any, ref_model: Any, **how: Any) -> Reference:
+        if self._ref_is_model:
+            return PolicyItself("the policy itself")
+        return super()._choose_reference(policy, ref_model, **{**how, "new_adapter": True})
+
+    def _prepare(self, dataset: Any, *args: Any) -> Any:
+        return dataset  # LLaMA-Factory has tokenised it
+
+    # ---- LLaMA-Factory's optimizers and schedulers ----
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in `Trainer`, with the optimizers that `finetuning_args` asks for."""
+        from llamafactory.train.trainer_utils import create_custom_optimizer
+
+        if self.optimizer is None:
+            self.optimizer = create_custom_optimizer(self.model, self.args, self.finetuning_args)
+        return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As in `Trainer`, with what LLaMA-Factory's schedulers need."""
+        from llamafactory.train.trainer_utils import create_custom_scheduler
+
+        create_custom_scheduler(self.args, num_training_steps, optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # ---- The step ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`."""
+        if self._ref_is_model:
+            raise ValueError(
+                "ref_model is model, so the reference would be trained too; that is for "
+                "evaluation. To train, load ref_model a second time, or pass None to take the "
+                "model without its adapter"
+            )
+        check_trainable(self.model)
+        return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """As in `Trainer`; the scores without gradient are there for all of a step's batches."""
+        if self._obeys:
+            return Trainer.get_batch_samples(self, *args, **kwargs)
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if not is_padded(inputs):
+            return super()._prepare_inputs(inputs)
+        check_keys(inputs)
+        return Trainer._prepare_inputs(self, inputs if self._obeys else to_ragged(inputs))
+
+    def _score(
+        self, batches: list[dict[str, Any]], counted: list[int] | None = None
+    ) -> list[BatchLoss]:
+        losses = super()._score(batches, counted)
+        for batch, loss in zip(batches, losses, strict=True):
+            num_desirable = batch["num_desirable"]
+            if self.ftx_gamma > 1e-6 and num_desirable > 0:
+                # Its share of the loss is the mean over desirable rows, once more over their part.
+                scale = loss.num_rows * len(loss.rows) / num_desirable**2
+                loss.sft_weight = self.ftx_gamma * scale
+        return losses
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The device batch's loss, as in `KTOTrainer` or by `get_batch_loss_metrics`."""
+        if not self._obeys:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        if not self._models_are_checked:
+            self._get_ready([to_ragged(inputs)])
+        loss, metrics = self.get_batch_loss_metrics(model, inputs)
+        self._stored[self.model.training].append(metrics)
+        return (loss, metrics) if return_outputs else loss
+
+    def _check_step(self) -> None:
+        try:
+            super()._check_step()
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{error}. Rows have no numbers here: these are positions in their batch, from 0"
+            ) from None
+
+    # ---- Metrics ----
+
+    def _collect(self, metrics: Metrics) -> tuple[dict[str, float], float | None]:
+        if self._obeys:
+            stored = self._stored[metrics is self._train_metrics]
+            values = log_values(gather_object(stored))
+            stored.clear()
+            return values, None
+        micro_batches = metrics.take(self.ranks.sum)
+        rows = sum(sums["rows"] for sums in micro_batches)
+        loss = sum(sums["loss_sum"] for sums in micro_batches) / rows if rows else None
+        return log_values(sums_of_micro_batches(micro_batches)), loss
