@@ -1,4 +1,4 @@
-"""The command line: `fastkto train`, `fastkto plan`, `fastkto demo` and `fastkto trl`."""
+"""The command line: `fastkto train`, `plan`, `demo`, `trl` and `llamafactory`."""
 
 import argparse
 import sys
@@ -20,8 +20,9 @@ from fastkto.cli.console import (
 COMMANDS = {
     "train": "train a model on rows of your own",
     "plan": "say what a run will need in memory, before anything is loaded",
-    "trl": "run TRL's command line with fastkto's trainer: fastkto trl kto ...",
     "demo": "teach a tiny model a task and improve it with KTO: no download, no GPU, 3 minutes",
+    "trl": "run TRL's command line with fastkto's trainer: fastkto trl kto ...",
+    "llamafactory": "run a LLaMA-Factory configuration with stage: kto on fastkto's trainer",
 }
 
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> None:
-    lines = "\n".join(f"  {name:<7} {text}" for name, text in COMMANDS.items())
+    lines = "\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items())
     parser = SentenceParser(
         prog="fastkto",
         usage="fastkto COMMAND ...",
@@ -59,7 +60,14 @@ def _run(words: list[str]) -> None:
         raise CommandError(f"there is no command {command!r}; did you mean {near}?")
     else:
         show_library_logs()
-        {"train": _train, "plan": _plan, "trl": _trl, "demo": _demo}[command](words[1:])
+        run = {
+            "train": _train,
+            "plan": _plan,
+            "demo": _demo,
+            "trl": _trl,
+            "llamafactory": _llamafactory,
+        }
+        run[command](words[1:])
 
 
 def _train(words: list[str]) -> None:
@@ -112,3 +120,23 @@ def _demo(words: list[str]) -> None:
 
     with mistakes(OSError):
         run_demo(arguments.output_dir, seed=arguments.seed, say=say)
+
+
+def _llamafactory(words: list[str]) -> None:
+    usage = "fastkto llamafactory train FILE [field=value ...]"
+    if set(words) & {"-h", "--help"} or not words:
+        say(
+            f"usage: {usage}\n\n{COMMANDS['llamafactory']}\n\nFILE is what `llamafactory-cli "
+            "train` takes, a YAML or JSON file. Fields of fastkto's own stand\nunder `fastkto:` in "
+            "it, for example max_tokens_per_pass. See docs/from-llama-factory.md."
+        )
+        return
+    if words[0] != "train" or len(words) == 1:
+        raise CommandError(
+            f"{' '.join(words)!r} is no command of LLaMA-Factory's here; use {usage}"
+        )
+
+    from fastkto.integrations.llamafactory.launch import train
+
+    with mistakes():
+        train(words[1:])
