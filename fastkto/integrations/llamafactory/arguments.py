@@ -99,7 +99,7 @@ class _BringsMismatched:
 
 
 @cache
-def _combined(kind: type[TrainingArguments]) -> Any:
+def _combined(kind: type) -> Any:
     """`kind` with the fields and properties of `KTOConfig`."""
     bases: tuple[type, ...] = (kind, KTOConfig)
     if issubclass(kind, KTOConfig):
@@ -110,7 +110,7 @@ def _combined(kind: type[TrainingArguments]) -> Any:
     return dataclass(init=False, repr=False, eq=False)(made)
 
 
-def _restore(kind: type[TrainingArguments], values: dict[str, Any]) -> Any:
+def _restore(kind: Any, values: dict[str, Any]) -> Any:
     made = _combined(kind)
     arguments = made.__new__(made)
     vars(arguments).update(values)

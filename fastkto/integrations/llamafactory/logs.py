@@ -31,8 +31,8 @@ def log_values(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     everything else, `kl` included, the mean over the micro-batches that have it.
     """
     totals: dict[str, list[float]] = {}
-    for one in metrics:
-        for name, value in one.items():
+    for micro_batch in metrics:
+        for name, value in micro_batch.items():
             totals.setdefault(name, []).append(value)
     values = {}
     for name in ("rewards", "logps", "logits"):

@@ -21,7 +21,7 @@ def patch(**options: Any) -> None:
     check_options(options)
     tuner, trainer, workflow = _modules()
     unpatch()
-    patched = type("CustomKTOTrainer", (CustomKTOTrainer,), {"options": options})
+    patched: Any = type("CustomKTOTrainer", (CustomKTOTrainer,), {"options": options})
     read_args = tuner.read_args
 
     def read_args_without_ours(args: Any = None) -> Any:

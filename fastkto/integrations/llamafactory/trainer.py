@@ -1,10 +1,7 @@
 """LLaMA-Factory's `CustomKTOTrainer`, with fastkto's step."""
 
-import logging
-from types import MethodType
 from typing import Any, ClassVar
 
-import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -20,13 +17,12 @@ from fastkto.integrations.llamafactory.parts import (
     RowsWithoutNumbers,
     remove_upcast,
 )
+from fastkto.integrations.llamafactory.surroundings import Surroundings
 from fastkto.limits import check_trainable
 from fastkto.metrics import Metrics
 from fastkto.reference import Reference
 from fastkto.step import BatchLoss
 from fastkto.trainer import KTOTrainer
-
-logger = logging.getLogger(__name__)
 
 # A subclass that overrides one of these has it called.
 _METHODS = (
@@ -39,7 +35,7 @@ _METHODS = (
 )
 
 
-class CustomKTOTrainer(BatchMethods, KTOTrainer):
+class CustomKTOTrainer(BatchMethods, Surroundings, KTOTrainer):
     """Trains as `llamafactory.train.kto.trainer.CustomKTOTrainer` of LLaMA-Factory 0.9.5 does.
 
     A device batch is scored in passes, and the methods of `BatchMethods` are not called. If a
@@ -105,26 +101,6 @@ class CustomKTOTrainer(BatchMethods, KTOTrainer):
         self._repeated_rows = RowsWithoutNumbers(self.accelerator, self.args.dataloader_num_workers)
         self._take_on(finetuning_args, processor)
 
-    def _take_on(self, finetuning_args: Any, processor: Any) -> None:
-        """What LLaMA-Factory's trainer adds to a run beside the loss."""
-        for name in ("galore", "apollo"):
-            layerwise = getattr(finetuning_args, f"{name}_layerwise")
-            if getattr(finetuning_args, f"use_{name}") and layerwise:
-                # It updates the weights inside backward, so a second pass would see others.
-                self._single_pass = True
-                logger.warning("%s_layerwise is on, so each batch is one pass", name)
-        if processor is not None:
-            from llamafactory.train.callbacks import SaveProcessorCallback
-
-            self.add_callback(SaveProcessorCallback(processor))
-        if finetuning_args.use_badam:
-            from badam import BAdamCallback, clip_grad_norm_old_version
-
-            self.accelerator.clip_grad_norm_ = MethodType(
-                clip_grad_norm_old_version, self.accelerator
-            )
-            self.add_callback(BAdamCallback)
-
     @property
     def ref_model(self) -> Any:
         """The reference if it is a model: None stands for the policy without its adapter."""
@@ -149,23 +125,6 @@ class CustomKTOTrainer(BatchMethods, KTOTrainer):
 
     def _prepare(self, dataset: Any, *args: Any) -> Any:
         return dataset  # LLaMA-Factory has tokenised it
-
-    # ---- LLaMA-Factory's optimizers and schedulers ----
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As in `Trainer`, with the optimizers that `finetuning_args` asks for."""
-        from llamafactory.train.trainer_utils import create_custom_optimizer
-
-        if self.optimizer is None:
-            self.optimizer = create_custom_optimizer(self.model, self.args, self.finetuning_args)
-        return super().create_optimizer(*args, **kwargs)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As in `Trainer`, with what LLaMA-Factory's schedulers need."""
-        from llamafactory.train.trainer_utils import create_custom_scheduler
-
-        create_custom_scheduler(self.args, num_training_steps, optimizer)
-        return super().create_scheduler(num_training_steps, optimizer)
 
     # ---- The step ----
 
