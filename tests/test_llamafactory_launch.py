@@ -69,20 +69,23 @@ def write_run(folder: Path, name: str, **fields: Any) -> Path:
     return path
 
 
-def launch(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+def launch(command: list[str], **variables: str) -> None:
+    run = start(command, **variables)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def start(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     paths = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # has torchrun
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
     }
-    run = subprocess.run(
+    return subprocess.run(
         [sys.executable, *command],
         env={**os.environ, **paths, **variables},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run
 
 
 def losses(folder: Path) -> list[float]:
@@ -137,6 +140,13 @@ def test_logs_are_averages_over_all_ranks(tmp_path: Path, patched: Any) -> None:
     for name in expected:
         if any(part in name for part in ("loss", "kl", "rewards/", "logps/", "logits/")):
             assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    command = ["-m", "fastkto", "llamafactory", "train", str(tmp_path / "none.yaml")]
+    run = start(command)
+    assert run.returncode == 2
+    assert "none.yaml" in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr
 
 
 @pytest.fixture

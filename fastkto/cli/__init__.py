@@ -138,5 +138,5 @@ def _llamafactory(words: list[str]) -> None:
 
     from fastkto.integrations.llamafactory.launch import train
 
-    with mistakes():
+    with mistakes(FileNotFoundError):
         train(words[1:])
