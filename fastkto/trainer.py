@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -288,6 +289,10 @@ class KTOTrainer(Trainer):
 
     def _device_memory(self) -> DeviceMemory | None:
         return device_memory(self)
+
+    def _row_lengths(self, dataset: Dataset) -> list[int]:
+        """Tokens of each row's matched sequence."""
+        return dataset.with_format("numpy", columns=["length"])["length"][:].tolist()
 
     def _score(
         self, batches: list[dict[str, Any]], counted: list[int] | None = None

@@ -135,7 +135,7 @@ def trial_passes(trainer: KTOTrainer, batches: Sequence[dict[str, Any]]) -> Tria
     longest = max(rows, key=lambda row: row.length)
     data = trainer.train_dataset
     if isinstance(data, Dataset):
-        known = sorted(data.with_format("numpy", columns=["length"])["length"][:].tolist())
+        known = sorted(trainer._row_lengths(data))
         lengths = known[::-1][: trainer._train_batch_size]
     else:
         length = args.max_length or int(most_of_ranks(longest.length, trainer.accelerator))

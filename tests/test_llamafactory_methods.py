@@ -16,6 +16,7 @@ from torch import Tensor
 from fastkto.integrations.llamafactory import CustomKTOTrainer
 from tests.llamafactory_runs import build, collator, kto_rows, models
 from tests.test_llamafactory import assert_equal_runs
+from tests.test_pass_budget import RecordedMemory
 
 
 class ByLogits(CustomKTOTrainer):
@@ -190,3 +191,20 @@ def test_log_probabilities_of_the_reference_can_be_kept(tmp_path: Path) -> None:
         [log["loss"] for log in run.state.log_history if "loss" in log] for run in runs
     )
     assert second == pytest.approx(first, rel=1e-5)
+
+
+def test_a_budget_is_found_from_their_rows(tmp_path: Path) -> None:
+    class Auto(CustomKTOTrainer):
+        options = {"max_tokens_per_pass": "auto"}
+
+        def _device_memory(self) -> Any:
+            return RecordedMemory(1e9)
+
+    policy, reference = models("llama", seeds=(2, 1))
+    runs = [build(kind, tmp_path, policy, reference) for kind in (CustomKTOTrainer, Auto)]
+    for run in runs:
+        run.train()
+    longest = sorted(len(row["input_ids"]) for row in kto_rows())[-4:]
+    assert runs[1].step_settings.args.max_tokens_per_pass == sum(longest)
+    first, second = ([log.get("grad_norm") for log in run.state.log_history] for run in runs)
+    assert second[:-1] == pytest.approx(first[:-1], rel=1e-4)

@@ -3,6 +3,8 @@
 from typing import Any, ClassVar
 
 from accelerate.utils import gather_object
+from datasets import Dataset
+from pyarrow.compute import list_value_length
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -125,6 +127,10 @@ class CustomKTOTrainer(BatchMethods, Surroundings, KTOTrainer):
 
     def _prepare(self, dataset: Any, *args: Any) -> Any:
         return dataset  # LLaMA-Factory has tokenised it
+
+    def _row_lengths(self, dataset: Dataset) -> list[int]:
+        table = dataset.select_columns("input_ids").with_format("arrow")[:]
+        return list_value_length(table["input_ids"]).to_pylist()
 
     # ---- The step ----
 
