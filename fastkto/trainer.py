@@ -469,13 +469,11 @@ class KTOTrainer(Trainer):
     ) -> None:
         """Write README.md to `output_dir`; also called by `push_to_hub` with its own arguments.
 
-        Arguments are TRL's. Those of `Trainer`'s method have no place on this card.
+        Arguments are TRL's; with any of those that only `Trainer`'s method has, it is its card.
         """
         if kwargs:
-            raise TypeError(
-                f"create_model_card has no argument {', '.join(kwargs)}; it has model_name, "
-                "dataset_name and tags, as TRL's"
-            )
+            super().create_model_card(model_name=model_name, tags=tags, **kwargs)
+            return
         if self.is_world_process_zero():
             tags = [tags] if isinstance(tags, str) else list(tags or [])
             write_model_card(self, model_name, dataset_name, tags)

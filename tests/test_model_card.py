@@ -1,5 +1,6 @@
 """The model card: written with checkpoints, and by what TRL's scripts call at their end."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,8 @@ def test_push_to_hub_takes_what_trls_scripts_pass(
 
 
 def test_the_arguments_are_trls(tmp_path: Path) -> None:
-    import inspect
-
     theirs = list(inspect.signature(_BaseTrainer.create_model_card).parameters)
     ours = list(inspect.signature(trainer(tmp_path).create_model_card).parameters)
     assert ["self", *ours[:-1]] == theirs
-    with pytest.raises(TypeError, match="has no argument finetuned_from"):
-        trainer(tmp_path).create_model_card(finetuned_from="x")
+    trainer(tmp_path).create_model_card(license="mit", model_name="x")  # Trainer's
+    assert ModelCard.load(tmp_path / "README.md").data.license == "mit"

@@ -18,6 +18,7 @@ OPTIONS = (
     "reference_cache",
     "activation_offloading",
     "router_aux_loss_coef",
+    "nonfinite",
     "head",
     "backend",
     "head_memory_mib",
@@ -83,6 +84,7 @@ def kto_arguments(
         values["train_sampling_strategy"] = "sequential"
     values |= check_options(options)
     arguments = _restore(kind, values)
+    arguments._resolve()
     arguments._check()
     return arguments
 
