@@ -125,6 +125,26 @@ def test_killed_runs_go_on(tmp_path: Path) -> None:
         assert log == pytest.approx(expected_log, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_two_runs_share_a_cache(tmp_path: Path) -> None:
+    """At the same time, from the first score on."""
+    argv = ["train", "--model", save_model(tmp_path / "model")]
+    argv += ["--data", write_rows(tmp_path / "rows.jsonl", text_rows(32).to_list())]
+    argv += ["--max_steps=8", "--logging_steps=1", "--precompute_ref_log_probs"]
+    argv += ["--per_device_train_batch_size=4", f"--reference_cache={tmp_path / 'cache'}"]
+    argv += ["--report_to=none", "--save_strategy=no", "--learning_rate=1e-3"]
+    names = ("one", "other")
+    children = [start([*argv, f"--output_dir={tmp_path / name}"]) for name in names]
+    for child, reader in children:
+        assert os.waitpid(child, 0)[1] == 0
+        os.close(reader)
+    first, second = (training_logs(tmp_path / name) for name in names)
+    assert len(first) == 8
+    for log, other in zip(first, second, strict=True):
+        assert log == pytest.approx(other, rel=1e-6, abs=1e-9)
+
+
 def test_resuming_passes_over_a_checkpoint_that_is_not_whole(tmp_path: Path) -> None:
     for step, state in ((2, True), (4, True), (6, False)):
         folder = tmp_path / f"checkpoint-{step}"
