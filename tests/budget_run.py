@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 import fastkto.trainer
 from fastkto import KTOTrainer
 from tests.fsdp_on_cpu import FSDP2, allow_fsdp_on_cpu
+from tests.launch import finish
 from tests.test_pass_budget import LONGEST, MIB, found, trainer_of
 
 
@@ -60,4 +61,4 @@ with tempfile.TemporaryDirectory() as folder:
     trainer.train()
     assert isinstance(trainer.model, FSDPModule) == is_sharded
     assert LONGEST < found(trainer) < 6 * LONGEST, found(trainer)
-    trainer.accelerator.end_training()
+finish()

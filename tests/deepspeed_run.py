@@ -30,7 +30,7 @@ from tests import distributed_run
 from tests.deepspeed_on_cpu import allow_deepspeed_on_cpu
 from tests.distributed_run import rows, whole
 from tests.fsdp_resume_run import LORA, MIDDLE, STEPS, result
-from tests.launch import ROOT
+from tests.launch import ROOT, finish
 from tests.models import tiny_model, tiny_tokenizer
 
 CASES = {
@@ -166,4 +166,4 @@ if __name__ == "__main__":
     fastkto.trainer.score_window = distributed_run.score_and_count
     allow_deepspeed_on_cpu()
     main(Path(sys.argv[1]))
-    PartialState().destroy_process_group()
+    finish()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -34,6 +33,7 @@ from fastkto.step import BatchLoss
 from fastkto.window import PairedBatch, Window, pair_window
 from fastkto.window_scores import score_window
 from tests.fsdp_on_cpu import FSDP2, allow_fsdp_on_cpu
+from tests.launch import finish
 from tests.models import tiny_model, tiny_tokenizer
 
 RANK_BATCH = 4
@@ -234,4 +234,4 @@ if __name__ == "__main__":
         count_fsdp_reductions()
     for case in FSDP_CASES if fsdp else CASES:
         run(case, Path(sys.argv[1]) / case, **(FSDP2 if fsdp else {}))
-    PartialState().destroy_process_group()
+    finish()

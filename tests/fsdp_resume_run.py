@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -26,6 +25,7 @@ from fastkto.plan_passes import Layout
 from fastkto.sharding import release_gathered
 from tests.distributed_run import rows, whole
 from tests.fsdp_on_cpu import FSDP2, allow_fsdp_on_cpu
+from tests.launch import finish
 from tests.models import tiny_model, tiny_tokenizer
 
 CASES: dict[str, dict[str, Any]] = {
@@ -134,4 +134,4 @@ def main(directory: Path) -> None:
 if __name__ == "__main__":
     allow_fsdp_on_cpu()
     main(Path(sys.argv[1]))
-    PartialState().destroy_process_group()
+    finish()

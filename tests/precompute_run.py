@@ -17,6 +17,7 @@ from datasets import Dataset, concatenate_datasets
 from fastkto import KTOConfig, KTOTrainer
 from tests.distributed_run import RANK_BATCH
 from tests.fsdp_on_cpu import FSDP2, allow_fsdp_on_cpu
+from tests.launch import finish
 from tests.models import tiny_model, tiny_tokenizer
 from tests.trl_runs import text_rows
 
@@ -55,4 +56,4 @@ if __name__ == "__main__":
     results += evaluate(directory / "empty", half_known)
     if PartialState().is_main_process:
         (directory / "results.json").write_text(json.dumps(results))
-    PartialState().destroy_process_group()
+    finish()

@@ -164,8 +164,10 @@ class TestScores:
 
         own = errors("logits")
         assert max(own.values()) < 0.3  # else nothing would be compared
-        for name, error in errors("auto").items():
-            assert error < 1.2 * own[name] + 2e-3, name
+        ours = errors("auto")
+        assert sum(ours.values()) < 1.2 * sum(own.values())
+        for name, error in ours.items():  # a single one depends on how the CPU adds up products
+            assert error < 1.6 * own[name] + 2e-3, name
 
     def test_sharded_factors_are_gathered(self, tmp_path: Path) -> None:
         model = lora(tiny_model("phi"), **HEAD, lora_bias=True)

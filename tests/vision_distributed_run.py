@@ -13,6 +13,7 @@ from accelerate import PartialState
 from datasets import concatenate_datasets
 
 from fastkto import KTOConfig, KTOTrainer
+from tests.launch import finish
 from tests.vision_models import image_rows, tiny_processor, tiny_vision_model
 
 RANK_BATCH = 4
@@ -69,4 +70,4 @@ def run(case: str, directory: Path) -> None:
 if __name__ == "__main__":
     for name in CASES:
         run(name, Path(sys.argv[1]) / name)
-    PartialState().destroy_process_group()
+    finish()

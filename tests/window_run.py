@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from fastkto.data.batch import KTOCollator
 from fastkto.data.pairing import KL_PAIRINGS
 from fastkto.window import KL_SCOPES, pair_window
+from tests.launch import finish
 
 NUM_ROWS = 8
 # Rows of each prompt are neighbours, and one prompt has half of the rows.
@@ -134,8 +135,8 @@ def main(directory: Path) -> None:
         results["batch alone"] = describe(accelerator, batches, "batch", "rotate")
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"result{rank}.json").write_text(json.dumps(results))
-    accelerator.end_training()  # gloo aborts now and then if its group is left at exit
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    finish()

@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from fastkto import KTOConfig, KTOTrainer
+from tests.launch import finish
 from tests.models import tiny_model, tiny_tokenizer
 
 NUM_ROWS = 8
@@ -86,4 +87,4 @@ def main(directory: Path, splits: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
-    PartialState().destroy_process_group()
+    finish()
