@@ -50,6 +50,7 @@ class PassBytes(NamedTuple):
     forward: int
     kept: int  # from the end of the forward to the backward
     weight_copies: int  # of `kept`: low-precision copies of weights, which autocast makes
+    scoring: int  # what the head adds in the forward, with what it keeps for the backward
     head: int  # until the head's backward is done, with what is kept
     backward: int  # from then on, with what is kept
 
@@ -157,29 +158,35 @@ def _measure_pass(
                 stack.enter_context(torch.autocast("cpu", settings.autocast))
             if settings.activation_offloading:
                 stack.enter_context(ActivationsNowhere())
-            loss, hidden, unmeasured = _score(model, shape, settings)
-        forward, kept, weight_copies = live.restart_peak(), live.now, live.weight_copies
+            outputs = _decode(model, shape, settings)
+            decoder, decoded = live.restart_peak(), live.now
+            loss, hidden, unmeasured = _score(model, outputs, settings)
+            del outputs
+        head_forward = live.restart_peak()
+        forward, scoring = max(decoder, head_forward), head_forward - decoded
+        kept, weight_copies = live.now, live.weight_copies
         if not gradient:
-            return PassBytes(forward, 0, 0, 0, 0)
+            return PassBytes(forward, 0, 0, scoring, 0, 0)
         head: list[int] = []
         hidden.register_hook(lambda _: head.append(live.restart_peak()))
         del hidden
         loss.backward()
         backward = live.peak
-    return PassBytes(forward, kept, weight_copies, head[0] + unmeasured, backward)
+    return PassBytes(forward, kept, weight_copies, scoring, head[0] + unmeasured, backward)
 
 
-def _score(
-    model: nn.Module, shape: tuple[int, int], settings: ProbeSettings
-) -> tuple[Tensor, Tensor, int]:
+def _decode(model: nn.Module, shape: tuple[int, int], settings: ProbeSettings) -> Any:
+    """What the decoder returns for so many rows and tokens."""
+    extra = {"output_router_logits": True} if settings.router_loss else {}
+    input_ids = torch.zeros(shape, dtype=torch.int64)
+    return _causal_lm(model).base_model(input_ids=input_ids, use_cache=False, **extra)
+
+
+def _score(model: nn.Module, outputs: Any, settings: ProbeSettings) -> tuple[Tensor, Tensor, int]:
     """(a loss, the hidden states, bytes of the gradient of those that the head has not scored)."""
     causal_lm = _causal_lm(model)
-    extra = {"output_router_logits": True} if settings.router_loss else {}
-    outputs = causal_lm.base_model(
-        input_ids=torch.zeros(shape, dtype=torch.int64), use_cache=False, **extra
-    )
     hidden = outputs.last_hidden_state
-    num_tokens = shape[0] * shape[1]
+    num_tokens = hidden.shape[0] * hidden.shape[1]
     index = torch.zeros(num_tokens, dtype=torch.int64)
     hidden = hidden.reshape(num_tokens, -1).index_select(0, index)
     unmeasured = 0

@@ -188,7 +188,7 @@ def _where(memory: RunMemory) -> str:
 
 
 def _passes(estimator: MemoryEstimator, memory: RunMemory, length: int) -> str:
-    """Peaks of one pass under either checkpointing."""
+    """Peaks of one pass under either checkpointing, and what the head needs of them."""
     tokens = memory.pass_tokens
     with_, without = (
         estimator.pass_bytes(tokens, longest=length, checkpointing=checkpointing)
@@ -197,6 +197,7 @@ def _passes(estimator: MemoryEstimator, memory: RunMemory, length: int) -> str:
     rows = [
         ("with gradient, with checkpointing", with_.peak),
         ("with gradient, without checkpointing", without.peak),
+        ("of both: the head", max(with_.scoring, with_.head - with_.kept)),
         ("without gradient", memory.no_gradient_pass.peak),
     ]
     title = _row(f"one pass of {tokens:,} tokens", "GiB")
