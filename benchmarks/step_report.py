@@ -75,11 +75,12 @@ def write_step_report(runs: dict[Path, dict[str, Any]], output: Path) -> None:
     _draw_batches(cases, output / "step_batches.svg")
     page = [
         "# Measured: one optimizer step",
-        _conditions(runs, [case.rounds for case in cases]),
+        _conditions(runs, [case.rounds for case in cases if case.rounds]),
         "![Time and memory of each mix](step_mixes.svg)",
         *_sections(cases),
         "## Device batches",
-        "A device batch of one row takes eight of them to an optimizer step.",
+        "A device batch of one row takes eight of them to an optimizer step, and is fastkto's with "
+        '`kl_scope="window"`: one KL estimate over the eight.',
         _table(sorted(_headline(cases), key=lambda case: (case.case["mix"], case.case["batch"]))),
         "![Time and memory over the device batch](step_batches.svg)",
     ]

@@ -83,6 +83,8 @@ def settings(case: Case, library: str, directory: Path) -> dict[str, Any]:
     }
     if library == "trl":
         return common | {"activation_offloading": case.offloading}
+    if case.batch == 1:
+        common |= {"kl_scope": "window"}
     if case.reference == "precomputed":
         # Its own: nothing is known before the run.
         return common | {"reference_cache": str(directory / "reference_cache")}
