@@ -449,7 +449,9 @@ class KTOTrainer(Trainer):
 
     # ---- Checkpoints and the hub ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As in `Trainer`; True resumes from the last checkpoint that was written to its end."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
@@ -458,7 +460,7 @@ class KTOTrainer(Trainer):
                     f"resume_from_checkpoint is True, and {self.args.output_dir} has no whole "
                     "checkpoint; leave it out to start from the beginning"
                 )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(
         self,
