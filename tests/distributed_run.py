@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tied": {"gradient_accumulation_steps": 2},
     "window": {"kl_scope": "window", "kl_pairing": "distinct"},
     "precomputed": {"precompute_ref_log_probs": True},
+    "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 1},
     "apo": {"loss_type": "apo_zero_unpaired"},
     "lora": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
     # The router's loss is that of a rank's batch, so one process takes the ranks' batches in turn,
