@@ -1,6 +1,7 @@
 """The command line: `fastkto train`, `plan`, `demo`, `trl` and `llamafactory`."""
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,7 +101,10 @@ def _trl(words: list[str]) -> None:
     with mistakes(ImportError):
         from fastkto.integrations.trl import run_command
 
-        status = run_command(words)
+        try:
+            status = run_command(words)
+        except subprocess.CalledProcessError as error:  # which has said on its own what is wrong
+            status = error.returncode
     if status:
         raise SystemExit(status)
 
