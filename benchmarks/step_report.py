@@ -190,7 +190,7 @@ def _draw_mixes(cases: list[Measured], path: Path) -> None:
                     bar = axis.barh(row + offset, value, 0.36, color=COLOURS[name])
                     axis.bar_label(bar, fmt="{:,.0f}" if value >= 100 else "{:.1f}", padding=2)
         axis.set_xlabel(label)
-        axis.margins(x=0.15)
+        axis.margins(x=0.2)
     axes[0].set_yticks(range(len(chosen)), [case.case["mix"] for case in chosen])
     axes[0].invert_yaxis()
     _finish(figure, path)
