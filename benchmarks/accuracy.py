@@ -39,9 +39,9 @@ _ABOUT = (
     "rounding the exact gradient to bf16: 1 is as good as bf16 can be. Tokens whose gradient is "
     "1e-6 of the largest one and less are left out of its median and maximum. Sums are formed in "
     "fp64.\n\n"
-    "With a frozen head fastkto rounds the direction of the gradient where it is stored and the "
-    "gradient itself where it is returned: two roundings, of which 1.41 is the expected size. "
-    "Token by token the error varies around that, and so does the rounding it is divided by."
+    "With a frozen head fastkto rounds the direction of the gradient where it is stored, in fp16 "
+    "with a scale for each token, and the gradient itself where it is returned, in bf16: the first "
+    "rounding has an eighth of the second one's size."
 )
 _EMULATION = (
     "On a CPU fastkto multiplies in fp32. The column *emulated* rounds what it multiplies as on a "

@@ -57,8 +57,8 @@ def linear_logprob(
     gradient are accumulated in fp32, and gradients rounded to the dtype of what they belong to.
     fp32 means IEEE products, never TF32.
 
-    If only `hidden` needs a gradient, the forward pass computes its direction, [N, D] in the
-    compute dtype, which is kept in place of `hidden`: two matmuls in all, and none in backward.
+    If only `hidden` needs a gradient, the forward pass computes its direction, [N, D] numbers of
+    the compute dtype's size, which are kept in place of `hidden`: two matmuls, none in backward.
     For any other gradient the logits are computed again in backward, once for all of them.
 
     head_memory_mib bounds the tiles, whatever N is; `fastkto_kernels.memory` has the formula for

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 from fastkto.backend import choose_backend
 from fastkto_kernels.gradients import logits_gradients
 from fastkto_kernels.operands import Operands
-from fastkto_kernels.scan import Scan, scan_logits
+from fastkto_kernels.scan import Scan, direction_dtype, scan_logits
 from fastkto_kernels.scan_table import blocks_for
 from fastkto_kernels.tiles import LogitTransform, Steps, spans
 
@@ -53,10 +53,11 @@ def _score(
     with_direction: bool,
     backend: str,
     memory_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, mean_logit, log_odds, reference, other_sum, direction).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, mean_logit, log_odds, reference, other_sum, direction, direction_scale).
 
-    [N] fp32 but for the direction, [N, D] in the compute dtype; what was not asked for is empty.
+    [N] fp32 but for the direction, [N, D], see `fastkto_kernels.scan.Direction`; what was not
+    asked for is empty.
     """
     _check_target(target, ignore_index, weight.shape[0])
     target = _without_ignored(target, ignore_index)
@@ -83,11 +84,12 @@ def _score(
             entropy = _entropy(log_odds, state.other_sum, state.weighted_sum)
             entropy = torch.where(is_scored, entropy, 0.0)
             mean_logit = torch.where(is_scored, state.logit_sum / weight.shape[0], 0.0)
-    values = (logprob, entropy, mean_logit, log_odds, state.reference, state.other_sum, direction)
+    scores = (logprob, entropy, mean_logit, log_odds, state.reference, state.other_sum)
+    values = (*scores, *((None, None) if direction is None else direction))
     if rows is not None:
         values = cast(Any, tuple(_spread(value, rows, target.shape[0]) for value in values))
     # what an operator returns is never None
-    dtypes = (*(torch.float32,) * 6, compute_dtype)
+    dtypes = (*(torch.float32,) * 6, direction_dtype(compute_dtype), torch.float32)
     empty = (hidden.new_empty(0, dtype=dtype) for dtype in dtypes)
     filled = (e if value is None else value for value, e in zip(values, empty, strict=True))
     return cast(Any, tuple(filled))
@@ -105,9 +107,10 @@ def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
         return hidden.new_empty(num_tokens if present else 0, dtype=torch.float32)
 
     shape = hidden.shape if settings.with_direction else (0,)
-    direction = hidden.new_empty(shape, dtype=settings.compute_dtype)
+    direction = hidden.new_empty(shape, dtype=direction_dtype(settings.compute_dtype))
     always = (rows(True) for _ in range(3))
-    return rows(True), rows(settings.stats), rows(settings.stats), *always, direction
+    stats = (rows(settings.stats) for _ in range(2))
+    return rows(True), *stats, *always, direction, rows(settings.with_direction)
 
 
 def _differentiate(
@@ -177,12 +180,12 @@ def _(row_gradient: Tensor, *others: Any) -> tuple[Tensor, ...]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, extra_hidden, extra_weight, target = inputs[:6]
     ctx.settings = settings = _Settings(*inputs[6:])
-    _, entropy, mean_logit, log_odds, reference, other_sum, direction = output
-    ctx.mark_non_differentiable(entropy, mean_logit, log_odds, reference, other_sum, direction)
+    log_odds, reference, other_sum, *direction = output[3:]
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     if settings.with_direction:
         ctx.hidden_dtype = hidden.dtype
-        ctx.save_for_backward(target, log_odds, direction)
+        ctx.save_for_backward(target, log_odds, *direction)
     else:
         ctx.save_for_backward(
             target, log_odds, hidden, weight, bias, extra_hidden, extra_weight, reference, other_sum
@@ -198,7 +201,9 @@ def _backward(ctx: Any, grad_logprob: Tensor | None, *_: Tensor | None) -> tuple
     row_gradient = grad_logprob * log_odds.sigmoid() * (settings.scale / settings.temperature)
     row_gradient = torch.where(target == settings.ignore_index, 0.0, row_gradient)
     if settings.with_direction:
-        return (scale_rows(*saved, row_gradient, ctx.hidden_dtype), *(None,) * 4, *nothing)
+        direction, scale = saved
+        gradient = scale_rows(direction, row_gradient * scale, ctx.hidden_dtype)
+        return (gradient, *(None,) * 4, *nothing)
     hidden, weight, bias, extra_hidden, extra_weight, reference, other_sum = saved
     needs = ctx.needs_input_grad[:5]
     gradients = linear_logprob_backward(

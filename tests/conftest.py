@@ -18,6 +18,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Caches keyed by fingerprint would carry results from one run of the tests to the next.
 _CACHE = tempfile.TemporaryDirectory(prefix="fastkto-tests-")
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+# PyTorch's cache of compiled graphs does not see that an operator's backward formula has changed.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{_CACHE.name}/inductor"
+# Nor is the user's table of the fused scan to decide what runs here.
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 torch.set_num_threads(1)
 
 CUDA = ["cuda"] if torch.cuda.is_available() else []

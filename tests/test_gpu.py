@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastkto import eager, kto_loss, linear_logprob
 from fastkto.loss import sum_completions
+from fastkto_kernels.memory import HeadCall, head_memory
 from fastkto_kernels.tiles import tile_shape
 from tests.conftest import HAS_TRITON
 from tests.precision import rounding_ratios
@@ -82,6 +83,8 @@ def test_a_real_head_equals_fp64(dtype: torch.dtype, trainable: bool, backend: s
     kept = true_hidden.norm(dim=1) > 1e-6 * true_hidden.norm(dim=1).max()
     ratios = rounding_ratios(hidden.grad, true_hidden, dtype)[kept]
     assert ratios.square().mean().sqrt() < 1.5
+    if dtype == torch.bfloat16 and not trainable:  # rounded once, see `Direction`
+        assert ratios.square().mean().sqrt() < 1.15
     if true_weight is not None:
         assert weight.grad is not None
         whole = (weight.grad.flatten()[None], true_weight.flatten()[None])
@@ -100,6 +103,32 @@ def test_two_runs_of_a_real_head_are_equal_to_the_bit(trainable: bool, backend: 
         )
     )
     assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen head", "trainable head"])
+def test_peaks_are_those_of_the_formula(trainable: bool) -> None:
+    from fastkto_kernels.linear_logprob import BYTES_PER_LOGIT
+
+    hidden, weight, target = make_head(torch.bfloat16)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_(trainable)]
+    linear_logprob(*leaves, target, backend="triton").logprob.sum().backward()  # workspaces
+    hidden.grad = weight.grad = None
+    dtypes = dict.fromkeys(("hidden_dtype", "weight_dtype", "compute_dtype"), torch.bfloat16)
+    sizes = {"num_tokens": N, "hidden_size": D, "vocab_size": V, "memory_bytes": 96 * 2**20}
+    call = HeadCall(trainable=trainable, bytes_per_logit=BYTES_PER_LOGIT, **sizes, **dtypes)
+    expected = head_memory(call)
+
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = linear_logprob(*leaves, target, backend="triton").logprob.sum()
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(expected.forward, rel=0.05)
+    kept = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss.backward()
+    gradients = sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
+    backward = torch.cuda.max_memory_allocated() - kept - gradients
+    assert backward == pytest.approx(expected.backward, rel=0.05, abs=2**24)
 
 
 class Step:

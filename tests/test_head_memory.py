@@ -20,18 +20,27 @@ def measured(call: HeadCall, **options: Any) -> tuple[int, int]:
     hidden = torch.randn(call.num_tokens, call.hidden_size).to(call.hidden_dtype).requires_grad_()
     weight = torch.randn(call.vocab_size, call.hidden_size).mul_(0.05).to(call.weight_dtype)
     weight.requires_grad_(call.trainable)
+    extra: dict[str, torch.Tensor] = {}
+    if call.rank:
+        like = {"extra_hidden": hidden, "extra_weight": weight}
+        for name, one in like.items():
+            values = torch.randn(len(one), call.rank).mul_(0.05).to(one.dtype)
+            extra[name] = values.requires_grad_()
     target = torch.randint(call.vocab_size, (call.num_tokens,))
     memory_mib = call.memory_bytes / 2**20
     scored: list[torch.Tensor] = []
 
     def forward() -> None:
-        scores = linear_logprob(hidden, weight, target, head_memory_mib=memory_mib, **options)
+        scores = linear_logprob(
+            hidden, weight, target, head_memory_mib=memory_mib, **extra, **options
+        )
         scored.append(scores.logprob)
 
     forward_peak = measured_peak(forward)
     loss = scored.pop().sum()
     backward_peak = measured_peak(loss.backward)
-    gradients = [leaf.grad for leaf in (hidden, weight) if leaf.grad is not None]
+    leaves = (hidden, weight, *extra.values())
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
     return forward_peak, backward_peak - sum(one.nbytes for one in gradients)
 
 
@@ -66,6 +75,19 @@ def test_peaks_are_those_of_the_formula(
         # 16-bit gradients are scaled in fp32, some rows at a time: a factor and a product.
         rows = 2 * ROWS_AT_ONCE if dtype == torch.bfloat16 else 0
         assert backward < 2**17 + 4 * rows * call.hidden_size
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen head", "trainable head"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [100, 3000])
+def test_peaks_with_a_low_rank_addition_are_those_of_the_formula(
+    num_tokens: int, dtype: torch.dtype, trainable: bool
+) -> None:
+    """As large as the hidden size, so that its terms show."""
+    call = call_of(num_tokens, dtype, trainable)._replace(rank=256)
+    expected, (forward, backward) = head_memory(call), measured(call)
+    assert forward == pytest.approx(expected.forward, rel=WITHIN)
+    assert backward == pytest.approx(expected.backward, rel=WITHIN)
 
 
 @pytest.mark.parametrize("memory_bytes", [2**16, 2**20])

@@ -9,11 +9,19 @@ w and m the bytes of a number of the weight and of the products (on a CPU these 
     tokens       36 N            running sums and scores
     frozen head  8 R D           forward: an fp32 sum, and the targets' rows of the weight in fp32
                  w R D           these rows in the weight's dtype, where it is another
+                 4 N             a scale for each token
     trainable    8 R D           backward: hidden states times the upstream gradient
                  4 L D           fp32 sums of 16-bit gradients, the smaller of L = N + C, L = V + R
+    rank         m (R + C) E     a low-rank addition: its rows as the operands', and in backward
+                 8 R E + 4 L E   what a trainable head has, whose 8 R D are m R D by then; with a
+                                 frozen head the vocabulary's part of L D falls away
 
-From forward to backward N D numbers of the compute dtype are kept with a frozen head, in place of
-the hidden states, which nothing else needs then; with a trainable head autograd keeps those.
+From forward to backward N D numbers of the compute dtype's size, and those scales, are kept with a
+frozen head, in place of the hidden states, which nothing else needs then; with a trainable head or
+a low-rank addition autograd keeps those.
+
+The fused kernel, without gradients, needs at most `head_memory_mib` for rows of hidden states in
+the compute dtype and for what its programs find, 4 V for the bias, and the tokens' 36 N.
 """
 
 from typing import NamedTuple
@@ -35,6 +43,7 @@ class HeadCall(NamedTuple):
     trainable: bool  # the weight needs one too
     memory_bytes: int  # head_memory_mib
     bytes_per_logit: int  # of the backend: BYTES_PER_LOGIT, as a bound
+    rank: int = 0  # of a low-rank addition in the dtypes of hidden and weight, which needs one too
     temporaries: int = 0  # of a tile's size in fp32 beside it; 0 in Triton, up to 2 in PyTorch
     device_type: str = "cuda"
 
@@ -48,7 +57,7 @@ class HeadMemory(NamedTuple):
 
 
 def head_memory(call: HeadCall) -> HeadMemory:
-    """The peaks of a call and of its backward pass, by the formula above."""
+    """The peaks of a call in tiles and of its backward pass, by the formula above."""
     product_dtype = torch.float32 if call.device_type == "cpu" else call.compute_dtype
     result_bytes = product_dtype.itemsize % 4  # an fp32 tile is its own result
     rows, columns = tile_shape(
@@ -60,24 +69,30 @@ def head_memory(call: HeadCall) -> HeadMemory:
     )
     width = call.hidden_size
     tile = rows * columns * (4 + result_bytes)
-    size = product_dtype.itemsize * width
+    size = product_dtype.itemsize
     hidden_rows = size * rows * (call.hidden_dtype != product_dtype)
     weight_rows = size * columns * (call.weight_dtype != product_dtype)
-    always = tile + hidden_rows + 36 * call.num_tokens
-    passing = weight_rows + rows * columns * 4 * call.temporaries  # with one tile
-    if call.trainable:
-        sums = 4 * width * (2 * rows + _sum_rows(call, rows, columns))
-        return HeadMemory(always + passing, 0, always + passing + sums)
+    always = tile + hidden_rows * width + 36 * call.num_tokens
+    # with one tile
+    passing = weight_rows * width + max(
+        rows * columns * 4 * call.temporaries, (hidden_rows + weight_rows) * call.rank
+    )
+    if call.trainable or call.rank:
+        of_hidden = width * call.trainable
+        scaled = rows * max(8 * of_hidden, size * of_hidden + 8 * call.rank)
+        backward = always + passing + scaled + _sums(call, rows, columns)
+        return HeadMemory(always + passing, 0, backward)
     target_rows = rows * width * (call.weight_dtype.itemsize % 4 + 4)
-    kept = call.num_tokens * width * call.compute_dtype.itemsize
+    kept = call.num_tokens * (width * call.compute_dtype.itemsize + 4)
     forward = always + kept + 4 * rows * width + max(passing, target_rows)
     return HeadMemory(forward, kept, 0)
 
 
-def _sum_rows(call: HeadCall, rows: int, columns: int) -> int:
-    """Rows of the fp32 sums of 16-bit gradients."""
-    of_tokens = call.num_tokens * (call.hidden_dtype != torch.float32)
-    of_vocabulary = call.vocab_size * (call.weight_dtype != torch.float32)
-    if of_tokens < of_vocabulary:  # as `gradients` chooses
-        return of_tokens + min(columns, of_vocabulary)
-    return of_vocabulary + min(rows, of_tokens)
+def _sums(call: HeadCall, rows: int, columns: int) -> int:
+    """Bytes of the fp32 sums of 16-bit gradients."""
+    token_width = (call.hidden_size + call.rank) * (call.hidden_dtype != torch.float32)
+    entry_width = call.hidden_size * call.trainable + call.rank
+    entry_width *= call.weight_dtype != torch.float32
+    if call.num_tokens * token_width < call.vocab_size * entry_width:  # as `gradients` chooses
+        return 4 * (call.num_tokens * token_width + columns * entry_width)
+    return 4 * (call.vocab_size * entry_width + rows * token_width)
