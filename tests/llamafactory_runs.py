@@ -15,6 +15,7 @@ from llamafactory.hparams.training_args import TrainingArguments
 from peft import LoraConfig, get_peft_model
 
 from tests.models import FAMILIES, tiny_model, tiny_tokenizer
+from tests.short_run import SHORT_RUN
 
 STEPS = 4
 
@@ -57,12 +58,18 @@ def models(
     return model, None
 
 
-def collator() -> KTODataCollatorWithPadding:
+def collator(
+    template: str = "empty", processor: Any = None, model: Any = None
+) -> KTODataCollatorWithPadding:
     """LLaMA-Factory's, as its `run_kto` makes it."""
-    tokenizer = tiny_tokenizer()
-    template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template="empty"))
+    tokenizer = tiny_tokenizer() if processor is None else processor.tokenizer
     return KTODataCollatorWithPadding(
-        template=template, pad_to_multiple_of=8, label_pad_token_id=-100, tokenizer=tokenizer
+        template=get_template_and_fix_tokenizer(tokenizer, DataArguments(template=template)),
+        model=model,
+        pad_to_multiple_of=8,
+        label_pad_token_id=-100,
+        tokenizer=tokenizer,
+        processor=processor,
     )
 
 
@@ -76,25 +83,16 @@ def build(
     train_rows: Any = None,
     eval_rows: Any = None,
     processor: Any = None,
+    data_collator: Any = None,
     **fields: Any,
 ) -> Any:
     """A trainer of the class `kind` with copies of the models, as LLaMA-Factory's `run_kto`."""
     fields = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
+        **SHORT_RUN,
         "max_steps": STEPS,
-        "logging_steps": 1,
-        "learning_rate": 0.02,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
         "eval_strategy": "no" if eval_rows is None else "steps",
         "eval_steps": 2,
         "remove_unused_columns": False,
-        "seed": 7,
         **fields,
     }
     policy = copy.deepcopy(policy)
@@ -103,7 +101,7 @@ def build(
         ref_model=policy if reference == "policy" else copy.deepcopy(reference),
         args=TrainingArguments(output_dir=str(folder), **fields),
         finetuning_args=FinetuningArguments(stage="kto", **(finetuning or {})),
-        data_collator=collator(),
+        data_collator=collator() if data_collator is None else data_collator,
         train_dataset=kto_rows() if train_rows is None else train_rows,
         eval_dataset=eval_rows,
         tokenizer=tiny_tokenizer(),

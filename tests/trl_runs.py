@@ -14,6 +14,7 @@ from datasets import Dataset
 
 import fastkto
 from tests.models import tiny_tokenizer
+from tests.short_run import SHORT_RUN
 
 STEPS = 4
 WORDS = ["the", "other", "rain", "in", "an", "order", "ran", "thin", "a", "tern", "ore", "thane"]
@@ -78,23 +79,13 @@ def trained(
 ) -> Any:
     """Train `STEPS` steps with `library` (trl or fastkto) on copies of the models: its trainer."""
     settings = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
+        **SHORT_RUN,
         "max_steps": STEPS,
-        "logging_steps": 1,
-        "learning_rate": 0.02,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
         "gradient_checkpointing": False,
         "max_grad_norm": 1.0,
         "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
         "eval_strategy": "no" if eval_dataset is None else "steps",
         "eval_steps": 2,
-        "seed": 7,
         **config,
     }
     trainer = library.KTOTrainer(

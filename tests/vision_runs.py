@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.short_run import SHORT_RUN
+
 STEPS = 3
 ARGUMENTS = (
     "ref_model train_dataset eval_dataset processing_class peft_config data_collator "
@@ -23,20 +25,10 @@ def train(library: Any, directory: Path, *, model: Any, **run: Any) -> Any:
     """
     arguments = {name: run.pop(name) for name in ARGUMENTS if name in run}
     settings = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
+        **SHORT_RUN,
         "max_steps": STEPS,
-        "logging_steps": 1,
-        "learning_rate": 0.02,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
         "gradient_checkpointing": False,
         "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 7,
         **run,
     }
     for name in ("ref_model", "peft_config"):
