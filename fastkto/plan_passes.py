@@ -45,6 +45,7 @@ def plan_passes(
     for index, sequence in enumerate(sequences):
         kind = None if sequence.media is None else sequence.media.kind
         kinds.setdefault(kind, []).append(index)
+    check_whole_media(sequences, layout)
     if set(kinds) <= {None}:
         return _plan_alike(sequences, max_tokens, layout, share_prompts)
     plan: Plan = []
@@ -90,6 +91,17 @@ def computed_tokens(
     if layout is Layout.PACKED and not has_images(sequences, groups):
         return sum(_group_tokens(sequences, group) for group in groups)
     return len(groups) * max(sequences[group[0]].length for group in groups)
+
+
+def check_whole_media(sequences: Sequence[TokenSequence], layout: Layout) -> None:
+    """Raise ValueError where sequences have to share a pass and may not."""
+    is_whole = any(one.media is not None and one.media.whole is not None for one in sequences)
+    if is_whole and layout is Layout.ALONE and len(sequences) > 1:
+        raise ValueError(
+            "the images, videos or audios of a batch cannot be told apart, so that it has to be "
+            "one pass, and this model takes sequences one by one; use batches of one row (with "
+            "kl_scope='window')"
+        )
 
 
 def has_images(sequences: Sequence[TokenSequence], groups: Sequence[Group]) -> bool:

@@ -73,7 +73,7 @@ from fastkto.sharding import (
 )
 from fastkto.step import BatchLoss, StepSettings
 from fastkto.step_check import StepCheck
-from fastkto.vision import image_token, set_vision_defaults
+from fastkto.vision import check_vision_model, media_tokens, set_vision_defaults
 from fastkto.window_scores import score_window
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class KTOTrainer(Trainer):
             data_collator=(
                 _default_collator(processing, args)
                 if data_collator is None
-                else RaggedCollator(data_collator, image_token(policy))
+                else RaggedCollator(data_collator, media_tokens(policy))
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -226,6 +226,7 @@ class KTOTrainer(Trainer):
         return [] if type(self).compute_loss is KTOTrainer.compute_loss else ["compute_loss"]
 
     def _prepare_policy(self, policy: Any, args: KTOConfig, *, will_train: bool) -> None:
+        check_vision_model(policy)
         prepare_adapter(policy, args)
         set_vision_defaults(policy, args)
         if will_train:
@@ -308,7 +309,7 @@ class KTOTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As in `Trainer`; padded batches become ragged ones."""
         if is_padded(inputs):
-            inputs = from_padded(inputs, image_token=image_token(self.model))
+            inputs = from_padded(inputs, media_tokens=media_tokens(self.model))
         return super()._prepare_inputs(inputs)
 
     def _get_ready(self, batches: list[dict[str, Any]]) -> None:

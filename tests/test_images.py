@@ -26,7 +26,7 @@ from fastkto.data.padded import from_padded
 from fastkto.data.prepare import prepare_data
 from fastkto.passes import build_pass
 from fastkto.plan_passes import Layout, plan_passes
-from fastkto.vision import image_token
+from fastkto.vision import media_tokens
 from tests.models import tiny_tokenizer
 from tests.vision_models import CUT_FAMILIES, image_rows, tiny_processor, tiny_vision_model
 
@@ -56,7 +56,7 @@ def test_sequences_are_trls(family: str) -> None:
     partners = [matched_sequences(ours, None)[index - 1].completion for index in range(4)]
     mismatched = mismatched_sequences(ours, partners, 70)
     padded = DataCollatorForVisionUnpairedPreference(processor, max_length=70)(rows)
-    theirs = from_padded(padded, image_token=image_token(tiny_vision_model(family)))
+    theirs = from_padded(padded, media_tokens=media_tokens(tiny_vision_model(family)))
     check_batch(theirs, 70)
     given = given_mismatched(theirs, 70)
     assert given is not None
@@ -67,6 +67,15 @@ def test_sequences_are_trls(family: str) -> None:
         assert_same(one, other)
         assert one.prompt_key == other.prompt_key
     assert sum(one.media is not None for one, _ in pairs) == 6
+
+
+def test_numbers_of_a_completions_tokens_are_refused() -> None:
+    """PaliGemma's say where its prompt ends, and passes would lose them."""
+    processor = tiny_processor("gemma3")
+    padded = DataCollatorForVisionUnpairedPreference(processor)(rows_of(image_rows(2)))
+    padded["token_type_ids"][:, -1] = 1
+    with pytest.raises(ValueError, match=r"row \d has token_type_ids other than 0 behind its prom"):
+        from_padded(padded, media_tokens={"image": 1})
 
 
 def test_images_stay_on_the_cpu_when_their_batch_moves() -> None:
@@ -214,6 +223,7 @@ def test_only_images_of_one_shape_share_a_pass() -> None:
     ("prompts", "images", "grid", "expected"),
     [
         ([[7, 7, 1], [2], [7, 7, 7, 7]], 3, None, [[0], None, [1, 2]]),
+        ([[7, 7], [2], [7, 7]], 2, "sizes", None),  # of different sizes with as many tokens
         ([[7, 7, 7], [7, 7]], 2, None, None),  # images of different sizes
         ([[7, 7, 7], [7]], 2, [[1, 2, 6], [1, 2, 2]], [[*range(12)], [*range(12, 16)]]),
         ([[7, 7], [7, 7]], 2, [[1, 2, 6], [1, 2, 2]], None),  # the first one's tokens are cut off
@@ -223,9 +233,11 @@ def test_images_are_given_to_the_rows_whose_tokens_they_fill(
     prompts: list[list[int]], images: int, grid: Any, expected: Any
 ) -> None:
     inputs = {"pixel_values": torch.arange(images)}
-    if grid is not None:
+    if grid == "sizes":
+        inputs["image_sizes"] = torch.tensor([[4, 8], [8, 4]])
+    elif grid is not None:
         inputs = {"image_grid_thw": torch.tensor(grid), "pixel_values": torch.arange(16)}
-    cut = cut_media(prompts, inputs, {}, image_token=7)
+    cut = cut_media(prompts, inputs, {}, {"image": 7})
     if expected is None:
         assert len({row.whole for row in cut if row is not None} - {None}) == 1
         return

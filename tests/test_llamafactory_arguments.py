@@ -21,6 +21,7 @@ from fastkto.cli import main
 from fastkto.integrations.llamafactory.arguments import OPTIONS, check_options, kto_arguments
 from fastkto.integrations.llamafactory.batches import check_keys, to_ragged
 from fastkto.integrations.llamafactory.logs import log_values
+from fastkto.integrations.llamafactory.media import MediaReader
 
 
 @dataclass
@@ -102,17 +103,13 @@ def batch(**changes: Any) -> dict[str, Any]:
     return {**part, "kto_tags": torch.tensor([True, False]), **changes}
 
 
-def test_inputs_beside_text_are_named() -> None:
-    check_keys(batch(token_type_ids=torch.zeros(2, 3), kl_token_type_ids=torch.zeros(2, 3)))
-    for key in ("pixel_values", "image_grid_thw", "token_type_ids"):
-        with pytest.raises(ValueError, match=f"the batch has {key}, inputs beside text"):
-            check_keys(batch(**{key: torch.ones(2, 3)}))
+def test_missing_parts_are_named() -> None:
     with pytest.raises(ValueError, match="the batch has no kl_labels; use LLaMA-Factory's"):
         check_keys(batch(kl_labels=None))
 
 
 def test_a_ragged_batch_counts_its_desirable_rows() -> None:
-    ragged = to_ragged(batch())
+    ragged = to_ragged(batch(), MediaReader({}, frozenset()))
     assert ragged["num_desirable"] == 1 and ragged["input_ids"].tolist() == [5, 6, 7, 5, 8]
 
 

@@ -112,13 +112,25 @@ class _ByLength:
         return logits, 10 * average, average
 
 
+class _Concatenated:
+    def concatenated_forward(self, model: Any, batch: Any) -> Any:
+        chosen, rejected, *rest = super().concatenated_forward(model, batch)  # type: ignore[misc]
+        return 0.5 * chosen, 0.5 * rejected, *rest
+
+
+class _Loss:
+    def kto_loss(self, *scores: Any) -> Any:
+        losses, *rest = super().kto_loss(*scores)  # type: ignore[misc]
+        return losses.square(), *rest
+
+
 class _Penalised:
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         assert inputs["labels"].ndim == 2
         return super().compute_loss(model, inputs) + inputs["labels"].ge(0).sum()  # type: ignore
 
 
-@pytest.mark.parametrize("change", [_Doubled, _Scaled, _ByLength, _Penalised])
+@pytest.mark.parametrize("change", [_Doubled, _Scaled, _ByLength, _Concatenated, _Loss, _Penalised])
 def test_overrides_are_obeyed(tmp_path: Path, change: Any, caplog: Any) -> None:
     policy, reference = models("llama", seeds=(2, 1))
     # LLaMA-Factory does not ask compute_loss in evaluation; we do.
@@ -136,13 +148,37 @@ def test_overrides_are_obeyed(tmp_path: Path, change: Any, caplog: Any) -> None:
     assert len(said) == 1 and "one pass over all its rows" in said[0]
 
 
-def test_overrides_and_a_window_do_not_go_together(tmp_path: Path) -> None:
-    class Changed(_Doubled, CustomKTOTrainer):
-        options = {"kl_scope": "window"}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kl_scope": "window"},
+        {"precompute_ref_log_probs": True},
+        {"activation_offloading": True},
+        {"router_aux_loss_coef": 0.1},
+        {"nonfinite": "nanmean"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_overrides_do_not_see_to_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    kind = type("Changed", (_Doubled, CustomKTOTrainer), {"options": options})
+    policy, reference = models("llama")
+    message = f"{next(iter(options))} is .* overrides get_batch_loss_metrics, which score a batch"
+    with pytest.raises(ValueError, match=message):
+        build(kind, tmp_path, policy, reference)
+
+
+def test_a_loss_of_an_override_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    class Broken(CustomKTOTrainer):
+        def get_batch_loss_metrics(self, model: Any, batch: Any) -> Any:
+            loss, metrics = super().get_batch_loss_metrics(model, batch)
+            return loss * float("nan"), metrics
 
     policy, reference = models("llama")
-    with pytest.raises(ValueError, match="get_batch_loss_metrics, which see one batch"):
-        build(Changed, tmp_path, policy, reference)
+    trainer = build(Broken, tmp_path, policy, reference)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    with pytest.raises(FloatingPointError, match="of a batch of step 0 is not finite, by the meth"):
+        trainer.train()
+    assert all(map(torch.equal, trainer.model.parameters(), before))
 
 
 def test_a_window_has_one_kl_estimate_and_the_same_sft_term(tmp_path: Path) -> None:

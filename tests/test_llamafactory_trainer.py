@@ -59,9 +59,22 @@ def rows() -> Any:
 
 
 def build(
-    folder: Path, kind: Any = CustomKTOTrainer, *, reference: Any = 2, ftx: float = 0.0, **own: Any
+    folder: Path,
+    kind: Any = CustomKTOTrainer,
+    *,
+    model: Any = None,
+    reference: Any = 2,
+    ftx: float = 0.0,
+    collator: Any = padded,
+    train_rows: Any = None,
+    **own: Any,
 ) -> Any:
-    model = tiny_model("llama", seed=1)
+    """A trainer of `kind`; `reference` is a seed, "model" or a model."""
+    model = tiny_model("llama", seed=1) if model is None else model
+    if reference == "model":
+        reference = model
+    elif isinstance(reference, int):
+        reference = tiny_model("llama", seed=reference)
     optimizers = ("galore", "apollo", "badam", "adam_mini", "muon")
     finetuning_args = SimpleNamespace(
         **{f"use_{name}": False for name in optimizers},
@@ -74,13 +87,13 @@ def build(
     )
     return kind(
         model,
-        model if reference == "model" else tiny_model("llama", seed=reference),
+        reference,
         finetuning_args,
         None,
         args=Seq2SeqTrainingArguments(str(folder), **{**FIELDS, **own}),
-        data_collator=padded,
-        train_dataset=rows(),
-        eval_dataset=rows(),
+        data_collator=collator,
+        train_dataset=rows() if train_rows is None else train_rows,
+        eval_dataset=rows() if train_rows is None else train_rows,
         tokenizer=tiny_tokenizer(),
     )
 

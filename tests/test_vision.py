@@ -16,7 +16,7 @@ from trl.trainer.kto_trainer import DataCollatorForVisionUnpairedPreference
 
 import fastkto
 from fastkto.ranks import Ranks
-from fastkto.vision import set_vision_defaults
+from fastkto.vision import check_vision_model, set_vision_defaults
 from tests.models import tiny_model
 from tests.test_trl_equality import next_token_accuracy
 from tests.trl_runs import chat_rows, text_rows
@@ -195,3 +195,9 @@ def test_ranks_that_wait_for_each_other_refuse_images(processes: int) -> None:
     Ranks(accelerator).check_images(False)
     with pytest.raises(ValueError, match="FSDP") if processes > 1 else nullcontext():
         Ranks(accelerator).check_images(True)
+
+
+def test_prompts_that_are_read_in_both_directions_are_refused() -> None:
+    model = SimpleNamespace(config=SimpleNamespace(model_type="paligemma"))
+    with pytest.raises(ValueError, match="the model is a PaliGemma, whose tokens of a prompt"):
+        check_vision_model(model)

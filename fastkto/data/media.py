@@ -1,22 +1,34 @@
-"""The images of a row: model inputs that stand beside the tokens of its prompt."""
+"""The images, videos and audios of a row: model inputs beside the tokens of its prompt."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-# Model inputs with a number for each token.
-TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
+# Model inputs with an entry for each token. Behind the prompt stand zeros, or its last entry again.
+TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+REPEATED = ("cross_attention_mask",)
+
+# The tokens that stand for "image", "video" and "audio", of those that a model reads.
+MediaTokens: TypeAlias = dict[str, int]
+
+
+def media_kind(name: str) -> str:
+    """Which of "image", "video" and "audio" a model input is of."""
+    if "video" in name or name == "second_per_grid_ts":
+        return "video"
+    is_audio = name.startswith(("input_features", "input_values", "feature_attention_mask"))
+    return "audio" if is_audio or "audio" in name else "image"
 
 
 @dataclass(frozen=True)
 class Media:
-    """What a processor makes of one row's images.
+    """What a processor makes of one row's images, videos and audios.
 
     It stays on the CPU when its batch moves to a device, and goes there pass by pass, so that
     memory there follows the passes and not the batch.
@@ -24,9 +36,9 @@ class Media:
     Attributes:
         inputs: tensors such as `pixel_values` and `image_grid_thw`, whose first dimension counts
             images, patches or rows, so that those of several rows are concatenated along it.
-        token_inputs: tensors [P] int64 with a number for each token of the prompt, such as
-            `mm_token_type_ids`; it is 0 at every token behind it.
-        whole: only where a batch's images could not be told apart, a number that stands for that
+        token_inputs: `TOKEN_INPUTS`, tensors [P, ...] int64 with an entry for each token of the
+            prompt, such as `mm_token_type_ids`.
+        whole: only where a batch's media could not be told apart, a number that stands for that
             batch. The `inputs` of its first row hold all of them, so its rows stay together.
     """
 
@@ -48,8 +60,8 @@ class Media:
         if self.whole is not None:
             return ("whole", self.whole)
         inputs = [(name, self.inputs[name]) for name in sorted(self.inputs)]
-        shapes = ((name, value.dtype, value.shape[1:]) for name, value in inputs)
-        return (*shapes, *sorted(self.token_inputs))
+        inputs += [(name, self.token_inputs[name]) for name in sorted(self.token_inputs)]
+        return tuple((name, value.dtype, value.shape[1:]) for name, value in inputs)
 
     def digest(self) -> bytes:
         """16 bytes that stand for the names, types, shapes and values."""
@@ -77,10 +89,10 @@ def check_media(media: Any, prompt_lengths: Sequence[int], remedy: str) -> None:
                 f"fastkto.data.media.Media or None; {remedy}"
             )
         for name, value in one.token_inputs.items() if one is not None else ():
-            if value.shape != (length,):
+            if value.shape[:1] != (length,):
                 raise ValueError(
                     f"{name} in entry {row} of media has the shape {tuple(value.shape)}, expected "
-                    f"one number for each of the prompt's {length} tokens; {remedy}"
+                    f"one entry for each of the prompt's {length} tokens; {remedy}"
                 )
 
 
@@ -102,10 +114,18 @@ def join_media(
         moved = [part.to(device, non_blocking=True) for part in parts]
         joined[name] = torch.cat(moved)
     for name in dict.fromkeys(name for one in present for name in one.token_inputs):
-        numbers = torch.zeros(len(media), length, dtype=torch.int64)
-        for row, one in enumerate(media):
-            if one is not None and name in one.token_inputs:
-                values = one.token_inputs[name]
-                numbers[row, : len(values)] = values
-        joined[name] = numbers.to(device, non_blocking=True)
+        rows = [None if one is None else one.token_inputs.get(name) for one in media]
+        joined[name] = _join_tokens(name, rows, length).to(device, non_blocking=True)
+    return joined
+
+
+def _join_tokens(name: str, rows: Sequence[Tensor | None], length: int) -> Tensor:
+    """Rows of one of `TOKEN_INPUTS`, [P, ...] each, as `[len(rows), length, ...]`."""
+    shape = next(row.shape[1:] for row in rows if row is not None)
+    joined = torch.zeros(len(rows), length, *shape, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        if row is not None:
+            joined[index, : len(row)] = row
+            if name in REPEATED:
+                joined[index, len(row) :] = row[-1]
     return joined

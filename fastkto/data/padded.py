@@ -1,7 +1,7 @@
 """Padded batches, as TRL's and LLaMA-Factory's collators make them, turned into ragged ones."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkto.data.batch import prompt_key
 from fastkto.data.cut_media import cut_media
-from fastkto.data.media import TOKEN_INPUTS, Media
+from fastkto.data.media import REPEATED, TOKEN_INPUTS, Media, MediaTokens
 
 
 class _Names(NamedTuple):
@@ -29,17 +29,20 @@ _LIBRARIES = (
 )
 
 
+_MEDIA = ("pixel_values", "input_features", "input_values")  # how the names of media begin
+
+
 @dataclass(frozen=True)
 class RaggedCollator:
     """Another library's collator, or one of the user's, whose padded batches become ragged ones."""
 
     collator: Callable[[list[dict[str, Any]]], Any]
-    image_token: int | None = None  # the model's token that stands for images
+    media_tokens: MediaTokens = field(default_factory=dict)  # the model's
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         numbers = [row.get("row", index) for index, row in enumerate(rows)]
         batch = self.collator(rows)
-        return from_padded(batch, numbers, self.image_token) if is_padded(batch) else batch
+        return from_padded(batch, numbers, self.media_tokens) if is_padded(batch) else batch
 
 
 def is_padded(batch: Any) -> bool:
@@ -48,7 +51,9 @@ def is_padded(batch: Any) -> bool:
 
 
 def from_padded(
-    batch: dict[str, Any], rows: Sequence[int] | None = None, image_token: int | None = None
+    batch: dict[str, Any],
+    rows: Sequence[int] | None = None,
+    media_tokens: MediaTokens | None = None,
 ) -> dict[str, Any]:
     """The batch of `KTOCollator` that holds the same sequences.
 
@@ -60,16 +65,17 @@ def from_padded(
         KL_* or kl_*: the same three of the mismatched sequences, [B, T']; without them rows are
             paired as those of `KTOCollator` are
         ref_logps, ref_KL_logps: [B], the reference's log-probabilities in nats, if they are known
-        pixel_values and, beside it, other tensors such as image_grid_thw: the images of the batch,
-            row after row, the same for mismatched sequences
-        token_type_ids, mm_token_type_ids: [B, T], beside images
+        pixel_values, pixel_values_videos, input_features or input_values, and beside them other
+            tensors such as image_grid_thw: the images, videos and audios of the batch, row after
+            row, the same for mismatched sequences
+        token_type_ids, mm_token_type_ids: [B, T], cross_attention_mask: [B, T, ...], beside these
 
     What comes with it in addition: `kl_input_ids`, `kl_prompt_lengths`, `kl_completion_lengths` and
     `kl_prompt_keys` for given mismatched sequences, and `reference_logprob` and
     `kl_reference_logprob`, [B] fp64, for known scores.
 
     rows: numbers of the rows in errors; by default their positions in the batch.
-    image_token: the token that stands for images, by which they are given to the rows; if they
+    media_tokens: the tokens that stand for media, by which they are given to the rows; if they
         cannot be, all rows of the batch stay in one pass.
 
     Waits for the device of the batch, since lengths have to be known on the CPU. Raises ValueError,
@@ -83,10 +89,10 @@ def from_padded(
         )
     label = batch[names.label]
     numbers = list(range(len(label))) if rows is None else list(rows)
-    matched = _ragged(batch, names, "", numbers, image_token)
+    matched = _ragged(batch, names, "", numbers, media_tokens or {})
     ragged = {"label": label.bool(), **matched, "rows": numbers}
     if f"{names.mismatched}input_ids" in batch:
-        mismatched = _ragged(batch, names, names.mismatched, numbers, image_token)
+        mismatched = _ragged(batch, names, names.mismatched, numbers, media_tokens or {})
         ragged |= {f"kl_{key}": value for key, value in mismatched.items()}
     for key, name in zip(
         ("reference_logprob", "kl_reference_logprob"), names.reference, strict=True
@@ -109,7 +115,7 @@ def _ragged(
     names: _Names,
     prefix: str,
     numbers: list[int],
-    image_token: int | None,
+    tokens: MediaTokens,
 ) -> dict[str, Any]:
     """`input_ids`, the lengths, images and prompt keys of one kind of sequences."""
     input_ids = batch[f"{prefix}input_ids"]
@@ -117,8 +123,8 @@ def _ragged(
     marks = batch[f"{prefix}{names.completion}"]
     scored = (marks != -100 if names.completion == "labels" else marks.bool()) & real
     prompts, completions = [], []
-    tokens = zip(input_ids.cpu(), real.cpu(), scored.cpu(), strict=True)
-    for number, (ids, is_real, is_scored) in zip(numbers, tokens, strict=True):
+    rows = zip(input_ids.cpu(), real.cpu(), scored.cpu(), strict=True)
+    for number, (ids, is_real, is_scored) in zip(numbers, rows, strict=True):
         ids, is_scored = ids[is_real], is_scored[is_real]
         first = len(ids) - int(is_scored.sum())
         if first == len(ids) or not bool(is_scored[first:].all()):
@@ -130,7 +136,7 @@ def _ragged(
         prompts.append(ids[:first].tolist())
         completions.append(ids[first:].tolist())
     flat = [*chain(*chain(*zip(prompts, completions, strict=True)))]
-    media = _media(batch, names, prefix, prompts, image_token)
+    media = _media(batch, names, prefix, prompts, numbers, tokens)
     ragged = {
         "input_ids": torch.tensor(flat, dtype=torch.int64).to(input_ids.device),
         "prompt_lengths": [len(ids) for ids in prompts],
@@ -145,9 +151,10 @@ def _media(
     names: _Names,
     prefix: str,
     prompts: list[list[int]],
-    image_token: int | None,
+    numbers: list[int],
+    tokens: MediaTokens,
 ) -> list[Media | None]:
-    """Each row's images; those of mismatched sequences are the matched ones', by name too."""
+    """Each row's media; those of mismatched sequences are the matched ones', by name too."""
     own = {"input_ids", "attention_mask", names.label, names.completion, *names.reference}
     inputs = {
         name: value
@@ -156,20 +163,35 @@ def _media(
         and name not in own | set(TOKEN_INPUTS)
         and not name.startswith(names.mismatched)
     }
-    if not any(name.startswith("pixel_values") for name in inputs):
+    if not any(name.startswith(_MEDIA) for name in inputs):
         return [None] * len(prompts)
     if "position_ids" in inputs:
         raise ValueError(
             "the batch has images and position_ids, which are of its own padding; have the "
             "data_collator leave them out: the model works them out from mm_token_type_ids"
         )
-    real = batch[f"{prefix}attention_mask"].bool()
     token_inputs = {
-        name: [
-            values[is_real][: len(prompt)]
-            for values, is_real, prompt in zip(batch[prefix + name], real, prompts, strict=True)
-        ]
+        name: _of_prompts(batch, prefix, name, prompts, numbers)
         for name in TOKEN_INPUTS
         if prefix + name in batch
     }
-    return cut_media(prompts, inputs, token_inputs, image_token)
+    return cut_media(prompts, inputs, token_inputs, tokens)
+
+
+def _of_prompts(
+    batch: dict[str, Any], prefix: str, name: str, prompts: list[list[int]], numbers: list[int]
+) -> list[Tensor]:
+    """One of `TOKEN_INPUTS` for the tokens of each row's prompt, [P, ...]."""
+    real = batch[f"{prefix}attention_mask"].bool()
+    of_prompts = []
+    for number, values, is_real, prompt in zip(
+        numbers, batch[prefix + name], real, prompts, strict=True
+    ):
+        values = values[is_real]
+        if name not in REPEATED and bool(values[len(prompt) :].any()):
+            raise ValueError(
+                f"row {number} has {prefix}{name} other than 0 behind its prompt; models that tell "
+                "a completion's tokens by them, such as PaliGemma, are not supported"
+            )
+        of_prompts.append(values[: len(prompt)])
+    return of_prompts

@@ -14,7 +14,9 @@ from fastkto.data.batch import matched_sequences
 from fastkto.data.padded import from_padded
 from fastkto.head_check import evaluating
 from fastkto.integrations.llamafactory.batches import tensors_of
+from fastkto.integrations.llamafactory.media import MediaReader
 from fastkto.passes import Layout, build_pass, run_pass
+from fastkto.plan_passes import check_whole_media
 from fastkto.ranks import Ranks
 from fastkto.reference import Reference
 from fastkto.step import StepSettings
@@ -34,6 +36,7 @@ class BatchMethods:
     ranks: Ranks
     accelerator: Any
     ref_model: Any
+    media: MediaReader
     beta: float
     desirable_weight: float
     undesirable_weight: float
@@ -46,7 +49,7 @@ class BatchMethods:
 
         prefix: "" for matched sequences, "kl_" for mismatched ones.
         """
-        tensors = tensors_of(batch, prefix)
+        tensors = {**tensors_of(batch, prefix), **self.media.read(batch, prefix)}
         score = _score_logits if self.step_settings.args.head == "logits" else self._score_tokens
         logits, logps, valid_length = score(model, tensors)
         return logits, logps, logps / valid_length
@@ -58,9 +61,11 @@ class BatchMethods:
         settings = self.step_settings
         size, device = len(tensors["labels"]), tensors["labels"].device
         tags = torch.zeros(size, dtype=torch.bool, device=device)  # of no meaning here
-        sequences = matched_sequences(from_padded({**tensors, "kto_tags": tags}), None)
+        ragged = from_padded({**tensors, "kto_tags": tags}, media_tokens=self.media.tokens)
+        sequences = matched_sequences(ragged, None)
         is_reference = model is self.ref_model
         layout = settings.reference_layout if is_reference else settings.policy_layout
+        check_whole_media(sequences, layout)
         rows = [[row] for row in range(size)]
         logit_sum_B, logprob_B, tokens_B = torch.zeros(
             3, size, dtype=torch.float64, device=device
@@ -175,9 +180,8 @@ class BatchMethods:
 
 def _score_logits(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The model's logits [B, T, V], log-probabilities and numbers of scored tokens [B]."""
-    logits = model(
-        input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"], use_cache=False
-    ).logits.float()
+    inputs = {name: value for name, value in tensors.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits.float()
     labels = tensors["labels"][:, 1:]
     scored = labels != -100
     logprob = logits[:, :-1].log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]

@@ -13,11 +13,15 @@ from fastkto.data.padded import is_padded
 from fastkto.integrations.llamafactory.arguments import kto_arguments
 from fastkto.integrations.llamafactory.batches import Collator, check_keys, to_ragged
 from fastkto.integrations.llamafactory.logs import log_values, sums_of_micro_batches
+from fastkto.integrations.llamafactory.media import MediaReader
 from fastkto.integrations.llamafactory.methods import BatchMethods
 from fastkto.integrations.llamafactory.parts import (
     PolicyItself,
     RowsWithoutNumbers,
+    check_lengths_suffice,
+    has_media,
     remove_upcast,
+    trains_tower,
 )
 from fastkto.integrations.llamafactory.surroundings import Surroundings
 from fastkto.limits import check_trainable
@@ -25,6 +29,7 @@ from fastkto.metrics import Metrics
 from fastkto.reference import Reference
 from fastkto.step import BatchLoss
 from fastkto.trainer import KTOTrainer
+from fastkto.vision import check_vision_model
 
 # A subclass that overrides one of these has it called.
 _METHODS = (
@@ -34,6 +39,15 @@ _METHODS = (
     "kto_loss",
     "get_batch_loss_metrics",
     "compute_loss",
+)
+# What these do not see to.
+_IN_PASSES = (
+    "kl_scope",
+    "precompute_ref_log_probs",
+    "activation_offloading",
+    "router_aux_loss_coef",
+    "nonfinite",
+    "checkpoint_passes",
 )
 
 
@@ -75,27 +89,21 @@ class CustomKTOTrainer(BatchMethods, Surroundings, KTOTrainer):
         if "tokenizer" in kwargs:
             kwargs["processing_class"] = kwargs.pop("tokenizer")
         self.finetuning_args = finetuning_args
-        self.beta = finetuning_args.pref_beta
-        self.desirable_weight = finetuning_args.kto_chosen_weight
-        self.undesirable_weight = finetuning_args.kto_rejected_weight
         self.ftx_gamma = finetuning_args.pref_ftx
+        self.media = MediaReader.of(model)
         self._ref_is_model = ref_model is model
         self._obeys = bool(self._overridden_methods())
         self._stored: dict[bool, list[dict[str, float]]] = {True: [], False: []}
         args = kto_arguments(
             given, finetuning_args, disable_dropout=disable_dropout, options=self.options
         )
-        self.loss_type, self.calculate_KL = args.loss_type, args.needs_kl
-        if self._obeys and args.kl_scope != "batch":
-            raise ValueError(
-                f"kl_scope is {args.kl_scope!r}, and {type(self).__name__} overrides "
-                f"{', '.join(self._overridden_methods())}, which see one batch; use 'batch'"
-            )
+        if self._obeys:
+            self._check_obeyed(args)
         super().__init__(
             model=model,
             ref_model=None if self._ref_is_model else ref_model,
             args=args,
-            data_collator=Collator(collator),
+            data_collator=Collator(collator, self.media),
             **kwargs,
         )
         if self._obeys:
@@ -110,6 +118,17 @@ class CustomKTOTrainer(BatchMethods, Surroundings, KTOTrainer):
 
     # ---- What KTOTrainer asks for while it is built ----
 
+    def _check_obeyed(self, args: KTOConfig) -> None:
+        """Refuse what methods that score one padded batch in one pass have no place for."""
+        for name in _IN_PASSES:
+            value, default = getattr(args, name), KTOConfig.__dataclass_fields__[name].default
+            if value not in (default, 0.0):
+                raise ValueError(
+                    f"{name} is {value!r}, and {type(self).__name__} overrides "
+                    f"{', '.join(self._overridden_methods())}, which score a batch by themselves; "
+                    f"leave {name} out"
+                )
+
     def _overridden_methods(self) -> list[str]:
         own = type(self)
         return [
@@ -119,13 +138,18 @@ class CustomKTOTrainer(BatchMethods, Surroundings, KTOTrainer):
     def _prepare_policy(self, policy: Any, args: KTOConfig, *, will_train: bool) -> None:
         # LLaMA-Factory has prepared it, and gives a data set to train on in any case.
         remove_upcast(policy)
+        check_vision_model(policy)
+        if trains_tower(policy, self.finetuning_args):  # which batches of text alone leave out
+            args.ddp_find_unused_parameters = True
 
     def _choose_reference(self, policy: Any, ref_model: Any, **how: Any) -> Reference:
         if self._ref_is_model:
             return PolicyItself("the policy itself")
         return super()._choose_reference(policy, ref_model, **{**how, "new_adapter": True})
 
-    def _prepare(self, dataset: Any, *args: Any) -> Any:
+    def _prepare(self, dataset: Any, name: str, processing: Any, args: KTOConfig) -> Any:
+        if dataset is not None and has_media(dataset):
+            check_lengths_suffice(args, name)
         return dataset  # LLaMA-Factory has tokenised it
 
     def _row_lengths(self, dataset: Dataset) -> list[int]:
@@ -155,7 +179,9 @@ class CustomKTOTrainer(BatchMethods, Surroundings, KTOTrainer):
         if not is_padded(inputs):
             return super()._prepare_inputs(inputs)
         check_keys(inputs)
-        return Trainer._prepare_inputs(self, inputs if self._obeys else to_ragged(inputs))
+        return Trainer._prepare_inputs(
+            self, inputs if self._obeys else to_ragged(inputs, self.media)
+        )
 
     def _score(
         self, batches: list[dict[str, Any]], counted: list[int] | None = None
@@ -181,10 +207,19 @@ class CustomKTOTrainer(BatchMethods, Surroundings, KTOTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         if not self._models_are_checked:
-            self._get_ready([to_ragged(inputs)])
+            self._get_ready([to_ragged(inputs, self.media)])
         loss, metrics = self.get_batch_loss_metrics(model, inputs)
+        self._check_loss(loss)
         self._stored[self.model.training].append(metrics)
         return (loss, metrics) if return_outputs else loss
+
+    def _check_loss(self, loss: Tensor) -> None:
+        """Raise FloatingPointError on all ranks if a subclass's loss is not finite on one."""
+        if self.ranks.sum((~loss.detach().isfinite()).double()[None]).item():
+            raise FloatingPointError(
+                f"the loss of a batch of step {self.state.global_step} is not finite, by the "
+                f"methods that {type(self).__name__} overrides; nothing was updated from it"
+            )
 
     def _check_step(self) -> None:
         try:
