@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from fastkto.config_check import check_config
 from fastkto.data.batch import TRUNCATION_MODES
 from fastkto.data.pairing import KL_PAIRINGS
 from fastkto.logprob import DEFAULT_HEAD_MEMORY_MIB
@@ -16,10 +17,6 @@ from fastkto.window import KL_SCOPES
 
 # Most tokens in a pass, unless another number is given or found.
 DEFAULT_TOKENS = 4096
-_CHOICES = (
-    "truncation_mode", "loss_type", "kl_scope", "kl_pairing", "metrics", "nonfinite", "head",
-    "backend", "train_sampling_strategy",
-)  # fmt: skip
 
 
 @dataclass
@@ -246,7 +243,7 @@ class KTOConfig(TrainingArguments):
                 setattr(self, new, getattr(self, old))
         super().__post_init__()
         self._resolve()
-        self._check()
+        check_config(self)
 
     @classmethod
     def from_arguments(cls, args: TrainingArguments) -> "KTOConfig":
@@ -273,7 +270,7 @@ class KTOConfig(TrainingArguments):
             if not hasattr(config, one.name):
                 setattr(config, one.name, one.default)
         config._resolve()
-        config._check()
+        check_config(config)
         return config
 
     def _resolve(self) -> None:
@@ -285,75 +282,6 @@ class KTOConfig(TrainingArguments):
             self.pad_to_multiple_of = None
         if self.max_tokens_per_pass is None:
             self.max_tokens_per_pass = DEFAULT_TOKENS
-
-    def _check(self) -> None:
-        for name in ("learning_rate", "beta", "desirable_weight", "undesirable_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.beta == 0 or self.desirable_weight == self.undesirable_weight == 0:
-            name = "beta" if self.beta == 0 else "desirable_weight and undesirable_weight"
-            raise ValueError(f"{name} is 0, so that nothing would be learned; make it positive")
-        if isinstance(self.max_tokens_per_pass, str) and self.max_tokens_per_pass != "auto":
-            raise ValueError(
-                f"max_tokens_per_pass is {self.max_tokens_per_pass!r}; give a number, or 'auto'"
-            )
-        for name in (
-            "max_tokens_per_pass",
-            "head_memory_mib",
-            "max_length",
-            "precompute_ref_batch_size",
-            "ref_model_sync_steps",
-            "gradient_accumulation_steps",
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-        ):
-            value = getattr(self, name)
-            if value not in (None, "auto") and value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more")
-        if self.reference_cache is not None and not self.precompute_ref_log_probs:
-            raise ValueError(
-                f"reference_cache is {self.reference_cache!r}, but nothing is cached without "
-                "precompute_ref_log_probs=True; set that too, or leave reference_cache out"
-            )
-        if self.pad_to_multiple_of not in (None, 1):
-            raise ValueError(
-                f"pad_to_multiple_of is {self.pad_to_multiple_of!r}, and passes hold no padding to "
-                "be rounded up; leave it out"
-            )
-        if not 0 < self.ref_model_mixup_alpha <= 1:
-            raise ValueError(
-                f"ref_model_mixup_alpha is {self.ref_model_mixup_alpha}; it must be above 0 and at "
-                "most 1"
-            )
-        if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise ValueError(
-                "sync_ref_model=True changes the reference while training, so that what "
-                "precompute_ref_log_probs=True keeps would be another reference's; leave one out"
-            )
-        for name in _CHOICES:
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {choices}")
-
-        if self.nonfinite == "nanmean" and self.kl_scope == "window":
-            raise ValueError(
-                "nonfinite='nanmean' leaves rows out of their batch's mean, and kl_scope='window' "
-                "has a mean over all batches of a step; use kl_scope='batch', or nonfinite='error'"
-            )
-        if self.checkpoint_passes not in (None, "auto"):
-            raise ValueError(
-                f"checkpoint_passes is {self.checkpoint_passes!r}; choose 'auto', or leave it out"
-            )
-        if self.checkpoint_passes == "auto" and not self.gradient_checkpointing:
-            raise ValueError(
-                "checkpoint_passes is 'auto', which decides whether gradient checkpointing is "
-                "needed, and gradient_checkpointing is off; leave one of them out"
-            )
-        if self.activation_offloading and (self.gradient_checkpointing_kwargs or {}).get("offload"):
-            raise ValueError(
-                "activation_offloading is on and gradient_checkpointing_kwargs has offload=True, "
-                "which both move the same activations; leave one of them out"
-            )
 
     @property
     def no_grad_tokens(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from fastkto.config import KTOConfig
+from fastkto.config_check import check_config
 
 # Fields of KTOConfig that stand under `fastkto:` in LLaMA-Factory's YAML.
 OPTIONS = (
@@ -85,7 +86,7 @@ def kto_arguments(
     values |= check_options(options)
     arguments = _restore(kind, values)
     arguments._resolve()
-    arguments._check()
+    check_config(arguments)
     return arguments
 
 
