@@ -24,3 +24,12 @@ def is_whole(folder: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def check_whole(folder: str | Path) -> None:
+    """Raise ValueError for one of Trainer's checkpoints that was not written to its end."""
+    if Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and not is_whole(folder):
+        raise ValueError(
+            f"the checkpoint {folder} is not there, or was not written to its end; resume from an "
+            "older one (resume_from_checkpoint=True takes the last whole one), or start anew"
+        )

@@ -203,6 +203,19 @@ def test_the_patch_serves_run_exp_and_comes_off(tmp_path: Path, patched: Any) ->
     assert tuner.read_args.__module__ == "llamafactory.hparams.parser"
 
 
+def test_a_checkpoint_that_a_kill_left_half_written_is_passed_over(
+    tmp_path: Path, patched: Any
+) -> None:
+    """LLaMA-Factory resumes by itself, from the last checkpoint that it finds."""
+    config = write_run(tmp_path, "ours", save_steps=1)
+    tuner.run_exp(yaml.safe_load(config.read_text()))
+    expected = losses(tmp_path / "ours")
+    (tmp_path / "ours" / "checkpoint-3" / "trainer_state.json").unlink()
+    (tmp_path / "ours" / "trainer_state.json").unlink()
+    tuner.run_exp(yaml.safe_load(config.read_text()))
+    assert losses(tmp_path / "ours") == pytest.approx(expected, rel=1e-6)
+
+
 def test_patching_twice_is_patching_once() -> None:
     patch(head="logits")
     patch()

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from fastkto.checkpoints import last_whole_checkpoint
 from fastkto.integrations.llamafactory.arguments import check_options
 from fastkto.integrations.llamafactory.trainer import CustomKTOTrainer
 
@@ -19,7 +20,7 @@ def patch(**options: Any) -> None:
     `run_exp` is given come on top, and are taken out of it. Patching again changes `options`.
     """
     check_options(options)
-    tuner, trainer, workflow = _modules()
+    tuner, trainer, workflow, parser = _modules()
     unpatch()
     patched: Any = type("CustomKTOTrainer", (CustomKTOTrainer,), {"options": options})
     read_args = tuner.read_args
@@ -35,6 +36,7 @@ def patch(**options: Any) -> None:
         (trainer, "CustomKTOTrainer", patched),
         (workflow, "CustomKTOTrainer", patched),
         (tuner, "read_args", read_args_without_ours),
+        (parser, "get_last_checkpoint", last_whole_checkpoint),  # a kill leaves half-written ones
     ):
         _originals.append((module, name, getattr(module, name)))
         setattr(module, name, new)
@@ -46,8 +48,9 @@ def unpatch() -> None:
         setattr(*_originals.pop())
 
 
-def _modules() -> tuple[Any, Any, Any]:
+def _modules() -> tuple[Any, Any, Any, Any]:
     try:
+        from llamafactory.hparams import parser
         from llamafactory.train import tuner
         from llamafactory.train.kto import trainer, workflow
     except ModuleNotFoundError as error:
@@ -56,7 +59,7 @@ def _modules() -> tuple[Any, Any, Any]:
         raise ValueError(
             f"LLaMA-Factory is not installed; pip install llamafactory=={VERSION}"
         ) from error
-    return tuner, trainer, workflow
+    return tuner, trainer, workflow, parser
 
 
 def _take_options(args: dict[str, Any]) -> dict[str, Any]:
