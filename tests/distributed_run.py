@@ -137,12 +137,59 @@ def score_and_count(*args: Any, **options: Any) -> list[BatchLoss]:
     return losses
 
 
+def run_not_finite(directory: Path, **wrapping: Any) -> None:
+    """The reference has a NaN for a token that only the second rank's rows of the second step have.
+
+    Writes what each rank says, and the step it is at.
+    """
+    bad = tiny_tokenizer().encode("Z")[-1]
+    data = rows(48).map(
+        lambda row, index: {"completion": " Z" if 12 <= index < 16 else row["completion"]},
+        with_indices=True,
+    )
+    reference = tiny_model("llama", seed=1)
+    reference.get_input_embeddings().weight.data[bad] = torch.nan
+    args = config_of(directory, RANK_BATCH, **wrapping)
+    trainer = KTOTrainer(
+        model=tiny_model("llama", seed=2),
+        ref_model=reference,
+        args=args,
+        train_dataset=data,
+        processing_class=tiny_tokenizer(),
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        said = {"error": str(error), "step": trainer.state.global_step}
+        (directory / f"said{args.process_index}.json").write_text(json.dumps(said))
+
+
+def config_of(directory: Path, batch: int, **fields: Any) -> KTOConfig:
+    return KTOConfig(
+        output_dir=str(directory),
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch,
+        max_tokens_per_pass=70,
+        max_steps=STEPS,
+        logging_steps=1,
+        learning_rate=0.05,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        **{"gradient_checkpointing": False, **fields},
+    )
+
+
 def run(case: str, directory: Path, **wrapping: Any) -> None:
     """`wrapping`: fields of the config that say what divides the models."""
     passes.clear()
     reductions.clear()
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    config = {"gradient_checkpointing": False, **FSDP_CASES[case], **wrapping}
+    config = {**FSDP_CASES[case], **wrapping}
     if case == "precomputed":
         config["reference_cache"] = str(directory / "cache")
     batch = RANK_BATCH
@@ -163,22 +210,7 @@ def run(case: str, directory: Path, **wrapping: Any) -> None:
     tied = case in ("tied", "deferred")
     model = tiny_model(family, seed=2, tied=tied)
     ref_model = None if peft_config else tiny_model(family, seed=1)
-    args = KTOConfig(
-        output_dir=str(directory),
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch,
-        max_tokens_per_pass=70,
-        max_steps=STEPS,
-        logging_steps=1,
-        learning_rate=0.05,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        **config,
-    )
+    args = config_of(directory, batch, **config)
     counter = CountReductions()
     trainer = KTOTrainer(
         model=model,
@@ -235,4 +267,5 @@ if __name__ == "__main__":
         count_fsdp_reductions()
     for case in FSDP_CASES if fsdp else CASES:
         run(case, Path(sys.argv[1]) / case, **(FSDP2 if fsdp else {}))
+    run_not_finite(Path(sys.argv[1]) / "not finite", **(FSDP2 if fsdp else {}))
     finish()

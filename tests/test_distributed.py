@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,13 @@ def test_gradients_are_reduced_once_a_step_or_at_every_pass(case: str, runs: Pat
     fsdp = result(runs / "fsdp" / case, 0)
     times = STEPS if case == "deferred" else sum(fsdp["passes"])
     assert times >= STEPS and fsdp["reductions"] == times * fsdp["groups"]
+
+
+@pytest.mark.parametrize("wrapping", ["ddp", "fsdp"])
+def test_a_score_that_is_not_finite_on_one_rank_stops_all(wrapping: str, runs: Path) -> None:
+    folder = runs / wrapping / "not finite"
+    first, second = (json.loads((folder / f"said{rank}.json").read_text()) for rank in range(2))
+    assert first == second and first["step"] == 1
+    assert "not finite in step 1, of the reference: rows [12, 13, 14, 15]" in first["error"]
+    rows = (folder / "not_finite_step_1.jsonl").read_text().splitlines()
+    assert [json.loads(row)["row"] for row in rows] == [12, 13, 14, 15]
