@@ -8,9 +8,11 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,36 @@ def test_values_come_back_to_the_bit(tmp_path: Path) -> None:
     assert {k: struct.pack("d", v) for k, v in read.items()} == {
         k: struct.pack("d", v) for k, v in values.items()
     }
+
+
+@contextmanager
+def without_root() -> Iterator[None]:
+    """For root no folder is read-only."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_read_only_folder_is_named_and_loses_nothing() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own is closed to other users
+        folder = Path(name)
+        store = ScoreStore(folder)
+        store.write({b"a": 1.0})
+        store.close()
+        (folder / FILE_NAME).chmod(0o444)
+        folder.chmod(0o555)
+        for place in (folder, folder / "new"):
+            message = "cannot be used: .*needs a folder that can be written"
+            with without_root(), pytest.raises(ReferenceCacheError, match=message):
+                ScoreStore(place)
+        folder.chmod(0o755)
+        (folder / FILE_NAME).chmod(0o644)
+        assert ScoreStore(folder).read([b"a"]) == {b"a": 1.0}
 
 
 WRITER = """
