@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
+import fastkto
 import fastkto.step
 from tests.models import FAMILIES, tiny_model, tiny_tokenizer
 from tests.trl_runs import (
@@ -19,6 +21,7 @@ from tests.trl_runs import (
     chat_rows,
     paired_rows,
     text_rows,
+    trained,
 )
 
 APO = "apo_zero_unpaired"
@@ -72,6 +75,47 @@ def test_equal_for_settings(config: dict, tmp_path: Path) -> None:
     assert_equal_logs(expected, actual)
 
 
+@pytest.mark.parametrize("rows", [12, 20])
+def test_equal_where_the_last_window_is_short(rows: int, tmp_path: Path) -> None:
+    """Three or five batches for windows of two: the last of an epoch has one."""
+    expected, actual = both(
+        tmp_path,
+        SMALL_PASSES,
+        **models(),
+        train_dataset=text_rows(rows),
+        gradient_accumulation_steps=2,
+        max_steps=-1,
+        num_train_epochs=2,
+    )
+    assert_equal_logs(expected, actual)
+    assert sum("loss" in log for log in actual) == 2 * -(-rows // 8)
+
+
+def test_equal_with_a_stream(tmp_path: Path) -> None:
+    rows = text_rows()
+    expected = trained(trl, tmp_path, **models(), train_dataset=rows.to_iterable_dataset())
+    actual = trained(
+        fastkto, tmp_path, **models(), **SMALL_PASSES, train_dataset=rows.to_iterable_dataset()
+    )
+    assert_equal_logs(expected.state.log_history, actual.state.log_history)
+
+
+def test_equal_with_several_evaluation_sets(tmp_path: Path) -> None:
+    expected, actual = both(
+        tmp_path,
+        SMALL_PASSES,
+        **models(),
+        train_dataset=text_rows(),
+        eval_dataset={"first": text_rows(8, seed=9), "second": text_rows(12, seed=10)},
+    )
+    assert sum("eval_second_rewards/margins" in log for log in actual) == 2
+    for ours in actual:  # TRL's metrics have no set's name
+        for name in ("first", "second"):
+            own = {key: value for key, value in ours.items() if f"_{name}_" in key}
+            ours |= {key.replace(f"_{name}_", "_"): value for key, value in own.items()}
+    assert_equal_logs(expected, actual)
+
+
 def test_equal_where_kl_is_clamped(tmp_path: Path) -> None:
     pair = models()
     expected, actual = both(
@@ -114,6 +158,20 @@ def test_equal_with_new_adapter(tmp_path: Path) -> None:
     assert_equal_logs(expected, actual)
 
 
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_equal_with_a_prompt_learning_adapter(kind: Any, tmp_path: Path) -> None:
+    expected, actual = both(
+        tmp_path,
+        SMALL_PASSES,
+        model=tiny_model("llama", seed=0),
+        peft_config=kind(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        train_dataset=text_rows(),
+        learning_rate=0.5,
+    )
+    assert_equal_logs(expected, actual, kl_used=False)
+    assert actual[0]["loss"] != actual[-2]["loss"]
+
+
 def test_equal_with_trained_adapter(tmp_path: Path) -> None:
     torch.manual_seed(2)
     policy = get_peft_model(tiny_model("llama", seed=5), lora())
@@ -150,6 +208,19 @@ def test_equal_in_evaluation(family: str, tmp_path: Path) -> None:
     )
     assert_equal_logs(expected, actual)
     assert any("eval_rewards/margins" in log for log in actual)
+
+
+def test_pairs_in_evaluation_are_those_of_its_own_batches(tmp_path: Path) -> None:
+    """TRL forms them in blocks of the training batch size, which is 4 in one of these and 2."""
+    run = {**models(), "train_dataset": text_rows(), "eval_dataset": text_rows(8, seed=9)}
+    run |= {"per_device_eval_batch_size": 2, "eval_on_start": True, "max_steps": 1}
+    ours = trained(fastkto, tmp_path, **run).state.log_history[0]
+    alike, others = (
+        trained(trl, tmp_path, **run, per_device_train_batch_size=size).state.log_history[0]
+        for size in (2, 4)
+    )
+    assert ours["eval_kl"] == pytest.approx(alike["eval_kl"], rel=1e-4)
+    assert abs(ours["eval_kl"] - others["eval_kl"]) > 0.01
 
 
 @pytest.mark.parametrize("reference", ["model", "adapter"])
