@@ -7,6 +7,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from fastkto.config import KTOConfig
+from fastkto.data.rows import RowReport
 from fastkto.sharding import reduce_at_every_backward
 
 # These optimizers update the weights inside backward, so a second pass would see other weights.
@@ -102,6 +103,37 @@ def check_trainable(policy: Any) -> None:
             "model has no parameter that requires a gradient, so nothing would be trained; an "
             "adapter from PeftModel.from_pretrained needs is_trainable=True"
         )
+
+
+# Methods of TRL 1.16's trainer that nothing here calls.
+TRL_METHODS = (
+    "compute_ref_log_probs",
+    "_compute_kl_logps",
+    "_compute_loss",
+    "_precompute_ref_logps",
+    "_prepare_dataset",
+)
+
+
+def check_overrides(trainer: Trainer) -> None:
+    """Refuse a subclass that was written for TRL's trainer and would not be asked."""
+    if unused := [name for name in TRL_METHODS if hasattr(trainer, name)]:
+        raise TypeError(
+            f"{type(trainer).__name__} defines {', '.join(unused)}, which TRL's trainer calls and "
+            "this one does not; override compute_loss, or write a loop with fastkto.loop"
+        )
+
+
+def check_vocabulary(reports: dict[str, RowReport], model: Any) -> None:
+    """Refuse tokens that the model does not have, which a GPU would answer with an abort."""
+    size = getattr(model.get_input_embeddings(), "num_embeddings", float("inf"))
+    for name, report in reports.items():
+        if report.largest_id >= size:
+            raise ValueError(
+                f"the {name} data has the token {report.largest_id:,}, and the model has a "
+                f"vocabulary of {size:,}; use the model's own tokenizer, or resize its embeddings "
+                "with model.resize_token_embeddings(len(tokenizer))"
+            )
 
 
 def set_distributed_defaults(args: KTOConfig) -> None:

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from fastkto.checkpoint_passes import needs_checkpointing, turn_off_checkpointing
-from fastkto.checkpoints import last_whole_checkpoint
+from fastkto.checkpoints import check_whole, last_whole_checkpoint
 from fastkto.config import KTOConfig
 from fastkto.data.batch import KTOCollator, check_batch
 from fastkto.data.images import COLUMNS as IMAGE_COLUMNS
@@ -41,8 +41,10 @@ from fastkto.limits import (
     check_batch_size,
     check_devices,
     check_optimizer,
+    check_overrides,
     check_prepared,
     check_trainable,
+    check_vocabulary,
     set_distributed_defaults,
 )
 from fastkto.metrics import Metrics, TokenCount
@@ -71,6 +73,7 @@ from fastkto.sharding import (
     release_gathered,
     shard_untrained,
 )
+from fastkto.start_line import StartLine
 from fastkto.step import BatchLoss, StepSettings
 from fastkto.step_check import StepCheck
 from fastkto.vision import check_vision_model, media_tokens, set_vision_defaults
@@ -143,6 +146,7 @@ class KTOTrainer(Trainer):
         eval_dataset = self._prepare(eval_dataset, "eval", processing, args)
         set_seed(args.seed)  # before the model: the weights of a new adapter are random
         policy = load_policy(model, init_kwargs, peft_config)
+        check_vocabulary(self.row_reports, policy)
         self._prepare_policy(policy, args, will_train=train_dataset is not None)
         check_sync(args, policy, ref_model)
         self.reference = self._choose_reference(
@@ -175,8 +179,19 @@ class KTOTrainer(Trainer):
         )
         self._set_up_step(args)
 
+    @property
+    def ref_model(self) -> Any:
+        """The reference if it is a model of its own, else None."""
+        return self.reference.model
+
     def _set_up_step(self, args: KTOConfig) -> None:
+        check_overrides(self)
         check_devices(self)
+        # Under TRL's names, for scripts that look.
+        self.beta, self.loss_type = args.beta, args.loss_type
+        self.desirable_weight = args.desirable_weight
+        self.undesirable_weight = args.undesirable_weight
+        self.calculate_KL = args.needs_kl
         check_auto(args, self.accelerator.distributed_type)
         self._turns_off_checkpointing = (
             args.checkpoint_passes == "auto" and not needs_checkpointing(self)
@@ -216,6 +231,7 @@ class KTOTrainer(Trainer):
         self._step_check = StepCheck(self.ranks, args.output_dir)
         self._repeated_rows = RepeatedRows(self.accelerator, args.dataloader_num_workers)
         self._models_are_checked = self._budget_is_found = False
+        self.add_callback(StartLine(self))
         self.add_callback(TokenCount())
         if args.sync_ref_model:
             self.add_callback(SyncReference(self))
@@ -461,6 +477,8 @@ class KTOTrainer(Trainer):
                     f"resume_from_checkpoint is True, and {self.args.output_dir} has no whole "
                     "checkpoint; leave it out to start from the beginning"
                 )
+        if resume_from_checkpoint:
+            check_whole(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(

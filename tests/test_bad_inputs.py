@@ -1,17 +1,21 @@
-"""Bad settings and rows, each through Python and through the command line: its own sentence.
+"""Bad settings, rows, models and tokenizers, each through Python and the command line.
 
-No weights are loaded before the sentence comes.
+Each has a sentence of its own. No weights are loaded before the sentence comes.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer, T5Config
 
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.cli import main
@@ -28,6 +32,7 @@ class Bad(NamedTuple):
     settings: dict[str, Any] = {}
     rows: list[dict[str, Any]] | None = None
     on_the_command_line: str | None = None  # where it is another sentence
+    model: Callable[[Path], Any] | None = None  # writes one, or what is not one, to a folder
 
 
 def choice(name: str, value: str) -> Bad:
@@ -111,6 +116,8 @@ SETTINGS = [
         "activation_offloading is on and gradient_checkpointing_kwargs has",
         {"activation_offloading": True, "gradient_checkpointing_kwargs": {"offload": True}},
     ),
+    Bad("neftune_noise_alpha is 5.0, whose noise is divided", {"neftune_noise_alpha": 5.0}),
+    Bad("include_for_metrics has 'inputs', which are", {"include_for_metrics": ["inputs"]}),
     Bad("label_smoothing_factor is 0.1, and KTO has no", {"label_smoothing_factor": 0.1}),
     Bad("use_liger_kernel=True replaces the model's", {"use_liger_kernel": True}),
     Bad(
@@ -149,11 +156,43 @@ ROWS = [
     Bad("prompt, completion, but no label", rows=[{"prompt": "a", "completion": "b"}]),
     Bad("all 3 rows of the train data are too", {"max_length": 8}, [row(prompt="long" * 9)] * 3),
 ]
+
+
+def another_kind(folder: Path) -> None:
+    T5Config(num_layers=1, d_model=8, num_heads=1, d_ff=8).save_pretrained(folder)
+
+
+def a_damaged_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def changed_tokenizer(folder: Path, **fields: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    for name, value in fields.items():
+        setattr(tokenizer, name, value)
+    (folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder)
+
+
+MODELS = [
+    Bad("there is no folder /", model=shutil.rmtree),
+    Bad("is not a valid JSON file", model=a_damaged_config),
+    Bad("holds a model of the type 't5', which transformers has no causal", model=another_kind),
+    Bad(
+        "the tokenizer has no end-of-sequence token",
+        model=partial(changed_tokenizer, eos_token=None),
+    ),
+    Bad(
+        "the train data holds conversations, but the tokenizer has no chat template",
+        rows=[CHAT, CHAT],
+        model=partial(changed_tokenizer, chat_template=None),
+    ),
+]
 if "ddp_static_graph" in KTOConfig.__dataclass_fields__:  # in newer transformers
     SETTINGS.append(
         Bad("ddp_static_graph=True promises that all steps", {"ddp_static_graph": True})
     )
-TABLE = [*SETTINGS, *ROWS]
+TABLE = [*SETTINGS, *ROWS, *MODELS]
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +217,34 @@ def test_there_are_sixty_different_sentences() -> None:
     assert len({bad.sentence for bad in TABLE}) == len(TABLE) >= 60
 
 
+def as_flag(value: Any) -> Any:
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return " ".join(value) if isinstance(value, list) else value
+
+
+def model_of(bad: Bad, folder: Path, good: str) -> str:
+    """A copy of the good one, changed."""
+    if bad.model is None:
+        return good
+    shutil.copytree(good, folder / "model")
+    bad.model(folder / "model")
+    return str(folder / "model")
+
+
 @pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.sentence[:60])
 def test_from_python(tmp_path: Path, model: str, bad: Bad) -> None:
     rows = text_rows() if bad.rows is None else Dataset.from_list(bad.rows)
+    model = model_of(bad, tmp_path, model)
+    is_changed = isinstance(bad.model, partial)
+    tokenizer = AutoTokenizer.from_pretrained(model) if is_changed else tiny_tokenizer()
     settings = {"use_cpu": True, "report_to": "none"} | bad.settings
-    with pytest.raises((ValueError, TypeError), match=re.escape(bad.sentence)):
+    with pytest.raises((ValueError, TypeError, OSError), match=re.escape(bad.sentence)):
         KTOTrainer(
             model=model,
             args=KTOConfig(str(tmp_path), **settings),
             train_dataset=rows,
-            processing_class=tiny_tokenizer(),
+            processing_class=tokenizer,
         )
 
 
@@ -196,10 +253,8 @@ def test_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, data: str, bad: Bad
 ) -> None:
     path = data if bad.rows is None else write_rows(tmp_path / "rows.jsonl", bad.rows)
-    flags = [
-        f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"
-        for name, value in bad.settings.items()
-    ]
+    model = model_of(bad, tmp_path, model)
+    flags = [f"--{name}={as_flag(value)}" for name, value in bad.settings.items()]
     argv = ["train", "--model", model, "--data", path, f"--output_dir={tmp_path}", *flags]
     assert main([*argv, "--use_cpu"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

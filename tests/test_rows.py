@@ -232,3 +232,15 @@ def test_the_advice_depends_on_the_weights() -> None:
     report = RowReport("train", 10, 3, 7, 0, 0, 0, 9, 9)
     assert report.weight_advice(2.5, 1.0) is None
     assert "EITHER desirable_weight in [2.33, 3.1] OR undesirable" in report.weight_advice(1, 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_other_columns_stay_where_they_are_asked_for(stream: bool) -> None:
+    rows = [{"prompt": "a" * n, "completion": "b", "label": True, "own": n} for n in (1, 90, 2)]
+    dataset: Any = Dataset.from_list(rows)
+    dataset = dataset.to_iterable_dataset() if stream else dataset
+    prepared, _ = prepare_rows(dataset, tiny_tokenizer(), max_length=40, keep_columns=True)
+    assert [row["own"] for row in prepared] == [1, 2]
+    assert "prompt" not in next(iter(prepared))
+    prepared, _ = prepare_rows(dataset, tiny_tokenizer(), max_length=40)
+    assert "own" not in next(iter(prepared))

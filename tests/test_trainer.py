@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from accelerate.utils import DistributedType
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -20,7 +21,13 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.data.batch import KTOCollator
 from fastkto.head_check import HeadMismatchError
-from fastkto.limits import check_arguments, check_batch_size, check_devices, check_optimizer
+from fastkto.limits import (
+    TRL_METHODS,
+    check_arguments,
+    check_batch_size,
+    check_devices,
+    check_optimizer,
+)
 from tests.models import tiny_model, tiny_tokenizer
 from tests.trl_runs import text_rows
 
@@ -59,6 +66,61 @@ def trainer(directory: Path, **arguments: Any) -> KTOTrainer:
 def lora(**fields: Any) -> LoraConfig:
     fields = {"r": 4, "target_modules": ["q_proj", "v_proj"], **fields}
     return LoraConfig(task_type="CAUSAL_LM", **fields)
+
+
+def test_a_run_begins_with_its_data_and_reference(tmp_path: Path, capsys: Any) -> None:
+    rows = text_rows(16)
+    long = {"prompt": "rain " * 40, "completion": " a", "label": True}
+    run = trainer(tmp_path, train_dataset=Dataset.from_list([*rows, long]), max_length=64)
+    run.train()
+    lines = capsys.readouterr().err.splitlines()
+    said = [line for line in lines if line.startswith(("train data: ", "reference: "))]
+    report = run.row_reports["train"]
+    assert f"train data: 16 rows: {report.desirable} desirable" in said[0]
+    assert "1 dropped, their prompt alone fills max_length=64; 3 cut" in said[0]
+    assert said[1] == f"reference: {run.reference.description}"
+
+
+def test_scripts_find_what_they_look_for(tmp_path: Path) -> None:
+    run = trainer(tmp_path, beta=0.3, desirable_weight=2.0)
+    assert (run.beta, run.desirable_weight, run.undesirable_weight) == (0.3, 2.0, 1.0)
+    assert (run.loss_type, run.calculate_KL) == ("kto", True)
+    assert run.ref_model is run.reference.model is not None
+    assert trainer(tmp_path, peft_config=lora()).ref_model is None
+
+
+@pytest.mark.parametrize("name", TRL_METHODS)
+def test_methods_of_trls_trainer_that_nothing_calls_are_refused(tmp_path: Path, name: str) -> None:
+    assert hasattr(trl.KTOTrainer, name)
+    kind = type("Own", (KTOTrainer,), {name: lambda self: None})
+    with pytest.raises(TypeError, match=f"Own defines {name}, which TRL's trainer calls and this"):
+        kind(
+            tiny_model("llama"),
+            args=config(tmp_path),
+            train_dataset=text_rows(8),
+            processing_class=tiny_tokenizer(),
+        )
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"prompt_ids": [5], "completion_ids": [6, 4000], "label": True}] * 4)
+    with pytest.raises(ValueError, match="the train data has the token 4,000, and the model has a"):
+        trainer(tmp_path, train_dataset=rows)
+
+
+def test_several_training_sets_are_refused(tmp_path: Path) -> None:
+    rows = DatasetDict(first=text_rows(8), second=text_rows(8))
+    with pytest.raises(TypeError, match="train_dataset is a DatasetDict of first, second; pass on"):
+        trainer(tmp_path, train_dataset=rows)
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path, save_strategy="steps", save_steps=1)
+    run.train()
+    half = tmp_path / "checkpoint-2"
+    (half / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="checkpoint-2 is not there, or was not written to its en"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(half))
 
 
 # ---- What Trainer does around a step ----

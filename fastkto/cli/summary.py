@@ -114,14 +114,7 @@ def _data(trainer: KTOTrainer) -> list[tuple[str, str]]:
     """Rows, classes, what was dropped or cut, and the longest sequence, of each data set."""
     facts = []
     for name, report in trainer.row_reports.items():
-        pairs = f" from {report.read:,} pairs" if report.read < report.rows + report.dropped else ""
-        text = f"{report.rows:,} rows{pairs}: {report.desirable:,} desirable, "
-        facts.append((f"{name} data", f"{text}{report.undesirable:,} undesirable"))
-        limit = f"max_length={report.max_length}"
-        dropped = f"{report.dropped:,} dropped, their prompt alone fills {limit}; "
-        cut = f"{report.cut:,} cut at {limit}; " if report.cut else "none cut; "
-        dropped = dropped if report.dropped else "none dropped, "
-        facts.append(("", f"{dropped}{cut}longest sequence {report.longest:,} tokens"))
+        facts += [(f"{name} data", report.classes), ("", report.losses)]
     return facts
 
 

@@ -23,6 +23,7 @@ from fastkto.cli.summary import describe_run
 from fastkto.config import KTOConfig
 from fastkto.data.load import load_rows
 from fastkto.policy import load_policy, model_init_kwargs
+from fastkto.start_line import StartLine
 from fastkto.trainer import KTOTrainer
 
 SETTING_UP = (ValueError, OSError, ImportError)
@@ -129,6 +130,7 @@ def build_trainer(arguments: Arguments) -> KTOTrainer:
         quantization_config=quantization,
         peft_config=peft_config(model),
     )
+    trainer.pop_callback(StartLine)  # its summary says more
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(TrainingProgress)
     return trainer

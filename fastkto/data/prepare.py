@@ -30,6 +30,11 @@ def prepare_data(
     """
     if dataset is None:
         return None, {}
+    if isinstance(dataset, dict) and name == "train":
+        raise TypeError(
+            f"train_dataset is a {type(dataset).__name__} of {', '.join(map(str, dataset))}; pass "
+            "one of these"
+        )
     if isinstance(dataset, dict):
         parts = {
             key: prepare_data(part, f"{name}_{key}", processing, args)
@@ -60,6 +65,7 @@ def prepare_data(
             num_proc=args.dataset_num_proc,
             name=name,
             in_blocks=is_processor,
+            keep_columns=not args.remove_unused_columns,
         )
     if report is None:
         return prepared, {}

@@ -5,11 +5,12 @@ rows are checked before anything is tokenised, and nothing is paired here (see `
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
+from pyarrow import compute
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastkto.data import formats
@@ -56,11 +57,30 @@ class RowReport:
     merged: int
     longest: int  # tokens, after the cut
     max_length: int | None
+    largest_id: int = field(default=-1, compare=False)  # of any token; -1: not known
 
     @property
     def rows(self) -> int:
         """Rows that are left to train on or to evaluate."""
         return self.desirable + self.undesirable
+
+    @property
+    def classes(self) -> str:
+        """How many rows there are of each class, in words."""
+        pairs = f" from {self.read:,} pairs" if self.read < self.rows + self.dropped else ""
+        return (
+            f"{self.rows:,} rows{pairs}: {self.desirable:,} desirable, "
+            f"{self.undesirable:,} undesirable"
+        )
+
+    @property
+    def losses(self) -> str:
+        """What was dropped or cut, and the longest sequence, in words."""
+        limit = f"max_length={self.max_length}"
+        dropped = f"{self.dropped:,} dropped, their prompt alone fills {limit}; "
+        cut = f"{self.cut:,} cut at {limit}; " if self.cut else "none cut; "
+        dropped = dropped if self.dropped else "none dropped, "
+        return f"{dropped}{cut}longest sequence {self.longest:,} tokens"
 
     def weight_advice(self, desirable_weight: float, undesirable_weight: float) -> str | None:
         """TRL's advice when the class weights do not balance the classes, else None.
@@ -98,13 +118,15 @@ def prepare_rows(
     num_proc: int | None = None,
     name: str = "train",
     in_blocks: bool = False,
+    keep_columns: bool = False,
 ) -> tuple[Dataset | IterableDataset, RowReport | None]:
     """The rows as tokens, in TRL's order, and a report of what became of them.
 
     Accepted columns: `prompt`, `completion`, `label` as text or conversations; `prompt`, `chosen`,
     `rejected`, with the prompt in a column of its own or at the beginning of both answers; and
     the tokenised `prompt_ids`, `completion_ids`, `label`. Conversations may bring `tools` (a list
-    or a JSON string) and `chat_template_kwargs`. Other columns are left out.
+    or a JSON string) and `chat_template_kwargs`. Other columns are left out, unless `keep_columns`
+    asks for them and the rows are no pairs.
 
     Columns of the result: `prompt_ids` and `completion_ids` (uncut), `label` (bool), `length`
     (tokens of both, at most `max_length`), `row` (the row's index in `dataset`, counted from 0;
@@ -127,24 +149,27 @@ def prepare_rows(
     row_format = formats.detect_format(columns, first_row, name)
     check_tokenizer(tokenizer, row_format, first_row, name)
     tokenise = Tokenise(tokenizer, row_format, source_digest(), in_blocks)
+    known = dataset.features if keep_columns and not row_format.paired else None
+    own = (*row_format.columns, *_COLUMNS, "length", "merged")
+    kept = {column: kind for column, kind in (known or {}).items() if column not in own}
     if isinstance(dataset, IterableDataset):
         stream = dataset.map(
-            TokeniseStream(tokenise, max_length, truncation_mode, name),
+            TokeniseStream(tokenise, max_length, truncation_mode, name, tuple(kept)),
             batched=True,
             batch_size=PAIR_BLOCK if row_format.paired else STREAM_BLOCK,
             with_indices=True,
-            remove_columns=columns,
-            features=Features({**_COLUMNS, "length": Value("int64")}),
+            remove_columns=[column for column in columns if column not in kept],
+            features=Features({**kept, **_COLUMNS, "length": Value("int64")}),
         )
         return stream, None
-    dataset = dataset.select_columns([c for c in row_format.columns if c in columns])
+    dataset = dataset.select_columns([c for c in (*row_format.columns, *kept) if c in columns])
     check_rows(dataset, row_format, num_proc, name)
     rows = dataset.map(
         tokenise,
         batched=True,
         with_indices=True,
-        remove_columns=dataset.column_names,
-        features=Features({**_COLUMNS, "merged": Value("bool")}),
+        remove_columns=[column for column in dataset.column_names if column not in kept],
+        features=Features({**kept, **_COLUMNS, "merged": Value("bool")}),
         num_proc=num_proc,
         desc=f"Tokenising the {name} data",
     )
@@ -191,6 +216,7 @@ def _finish(
         merged=int(merged.sum()),
         longest=int(length[fits].max()),
         max_length=max_length,
+        largest_id=max(_largest(rows, column) for column in ("prompt_ids", "completion_ids")),
     )
     rows = rows.remove_columns("merged").add_column("length", length)
     if len(order) < len(rows) or (order[1:] < order[:-1]).any():
@@ -248,6 +274,12 @@ def check_rows(dataset: Dataset, row_format: RowFormat, num_proc: int | None, na
     bad = np.flatnonzero(found.data.column("what").is_valid().to_numpy())
     problems = ((row, Problem(**found[row])) for row in bad.tolist())
     formats.raise_problems(problems, name)
+
+
+def _largest(dataset: Dataset, column: str) -> int:
+    """Of all numbers in a column of lists; -1 if there are none."""
+    largest = (compute.max(chunk.flatten()).as_py() for chunk in dataset.data.column(column).chunks)
+    return max((value for value in largest if value is not None), default=-1)
 
 
 def _list_lengths(dataset: Dataset, column: str) -> np.ndarray:

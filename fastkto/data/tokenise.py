@@ -113,6 +113,7 @@ class TokeniseStream:
     max_length: int | None
     truncation_mode: str
     name: str
+    kept: tuple[str, ...] = ()  # columns of the user's that stay beside the tokens
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         checked = (formats.check_row(row, self.tokenise.row_format) for row in _rows_of(batch))
@@ -128,6 +129,15 @@ class TokeniseStream:
         limit = math.inf if self.max_length is None else self.max_length
         columns["length"] = [min(p + c, limit) for p, c in zip(prompts, completions, strict=True)]
         fits = [p < limit or self.truncation_mode == "keep_end" for p in prompts]
+        if not all(fits):
+            logger.warning_once(  # type: ignore[attr-defined]
+                "rows of the %s data are dropped: their prompt alone fills max_length=%s; the "
+                "first is row %s",
+                self.name,
+                self.max_length,
+                columns["row"][fits.index(False)],
+            )
+        columns |= {column: batch[column] for column in self.kept}
         return {
             column: [value for value, fit in zip(values, fits, strict=True) if fit]
             for column, values in columns.items()
