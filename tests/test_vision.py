@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +121,7 @@ def test_equal_with_trls_collator(
     family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its batches are cut by their image tokens, or stay one pass, which is said once."""
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
     run = models(family)
     run["train_dataset"] = image_rows(12, sizes=True, without=(0,))
     expected = train(fastkto, tmp_path, **run, **SMALL_PASSES)
