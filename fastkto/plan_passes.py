@@ -12,6 +12,8 @@ from fastkto.out_of_memory import PassFacts
 
 # Sequences share a padded pass only if the shorter one fills this much of its row.
 _LEAST_FILL = 0.9
+# A group that shares its prompt has at most so many times the tokens of the longest sequence.
+_GROUP_OVER_LONGEST = 1.25
 
 
 class Layout(Enum):
@@ -126,7 +128,13 @@ def _group_tokens(sequences: Sequence[TokenSequence], group: Group) -> int:
 
 
 def _group_prompts(sequences: Sequence[TokenSequence], max_tokens: int) -> list[Group]:
-    """Sequences with equal prompts, in groups of at most `max_tokens` tokens."""
+    """Sequences with equal prompts, in groups of at most `max_tokens` tokens.
+
+    Or of a little more than the longest of them, which is a pass of its own in any case: otherwise
+    the longest prompts, of which sharing saves most, would be read for each completion.
+    """
+    longest = max((sequence.length for sequence in sequences), default=0)
+    max_tokens = max(max_tokens, int(_GROUP_OVER_LONGEST * longest))
     groups: list[Group] = []
     open_groups: dict[int, Group] = {}
     for index, sequence in enumerate(sequences):

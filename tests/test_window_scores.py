@@ -165,7 +165,8 @@ def test_prompts_are_read_once_only_where_that_saves_enough(tmp_path: Path) -> N
     assert not shares([127, 127], 5)  # too few tokens for another path
     assert shares([64, 64, 64], 5)  # read once instead of three times
     assert not shares([128, 128], 600)  # less than a tenth of all
-    assert not shares([1900, 1900], 100)  # together more than a pass holds
+    assert shares([1900, 1900], 100)  # more than a pass of 2000 holds, and hardly than one alone
+    assert not shares([1500, 1500], 600)  # far more than either alone
     assert not shares([200, 200], 5, equal=False)
     assert not shares([], 5)
     settings.reference_layout = Layout.PADDED
