@@ -17,7 +17,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def measured(call: HeadCall, **options: Any) -> tuple[int, int]:
     """(peak of the forward pass, peak of the backward pass without the gradients), in bytes."""
-    hidden = torch.randn(call.num_tokens, call.hidden_size).to(call.hidden_dtype).requires_grad_()
+    num_tokens = call.num_tokens + call.ignored_tokens
+    hidden = torch.randn(num_tokens, call.hidden_size).to(call.hidden_dtype)
+    hidden.requires_grad_(call.hidden_needs_gradient)
     weight = torch.randn(call.vocab_size, call.hidden_size).mul_(0.05).to(call.weight_dtype)
     weight.requires_grad_(call.trainable)
     extra: dict[str, torch.Tensor] = {}
@@ -26,18 +28,24 @@ def measured(call: HeadCall, **options: Any) -> tuple[int, int]:
         for name, one in like.items():
             values = torch.randn(len(one), call.rank).mul_(0.05).to(one.dtype)
             extra[name] = values.requires_grad_()
-    target = torch.randint(call.vocab_size, (call.num_tokens,))
+    target = torch.randint(call.vocab_size, (num_tokens,))
+    target[: call.ignored_tokens] = -100
     memory_mib = call.memory_bytes / 2**20
     scored: list[torch.Tensor] = []
 
     def forward() -> None:
-        scores = linear_logprob(
-            hidden, weight, target, head_memory_mib=memory_mib, **extra, **options
-        )
+        with torch.autocast(
+            "cpu", call.compute_dtype, enabled=call.compute_dtype != call.weight_dtype
+        ):
+            scores = linear_logprob(
+                hidden, weight, target, head_memory_mib=memory_mib, **extra, **options
+            )
         scored.append(scores.logprob)
 
     forward_peak = measured_peak(forward)
     loss = scored.pop().sum()
+    if not loss.requires_grad:
+        return forward_peak, 0
     backward_peak = measured_peak(loss.backward)
     leaves = (hidden, weight, *extra.values())
     gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -75,6 +83,38 @@ def test_peaks_are_those_of_the_formula(
         # 16-bit gradients are scaled in fp32, some rows at a time: a factor and a product.
         rows = 2 * ROWS_AT_ONCE if dtype == torch.bfloat16 else 0
         assert backward < 2**17 + 4 * rows * call.hidden_size
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [100, 3000])
+def test_the_peak_without_gradient_is_that_of_the_formula(
+    num_tokens: int, dtype: torch.dtype
+) -> None:
+    call = call_of(num_tokens, dtype, trainable=False)._replace(hidden_needs_gradient=False)
+    forward, _ = measured(call)
+    assert forward == pytest.approx(head_memory(call).forward, rel=WITHIN)
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen head", "trainable head"])
+@pytest.mark.parametrize("num_tokens", [100, 3000])
+def test_peaks_under_autocast_are_those_of_the_formula(num_tokens: int, trainable: bool) -> None:
+    """Of fp32 tensors: the weight is rounded tile by tile."""
+    call = call_of(num_tokens, torch.float32, trainable)._replace(compute_dtype=torch.bfloat16)
+    expected, (forward, backward) = head_memory(call), measured(call)
+    assert forward == pytest.approx(expected.forward, rel=WITHIN)
+    assert backward == pytest.approx(expected.backward, rel=WITHIN, abs=2**24)
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen head", "trainable head"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_peaks_with_ignored_tokens_are_those_of_the_formula(
+    dtype: torch.dtype, trainable: bool
+) -> None:
+    call = call_of(3000, dtype, trainable)._replace(ignored_tokens=3000)
+    expected, (forward, backward) = head_memory(call), measured(call)
+    assert forward == pytest.approx(expected.forward, rel=WITHIN)
+    if trainable:
+        assert backward == pytest.approx(expected.backward, rel=WITHIN)
 
 
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen head", "trainable head"])

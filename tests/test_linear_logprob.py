@@ -293,20 +293,27 @@ def test_two_runs_are_equal_to_the_bit(place: Place) -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable head", "frozen head"])
-def test_a_row_scores_alike_whatever_the_other_rows_are(place: Place, frozen: bool) -> None:
-    """To the bit among as many rows; among fewer a vendor's matmul may add in another order."""
+@pytest.mark.parametrize("memory_mib", [SMALL_MIB, 96])
+def test_a_row_scores_alike_whatever_the_other_rows_are(
+    place: Place, frozen: bool, memory_mib: float
+) -> None:
+    """To the bit among as many rows; among fewer tiles have another shape.
+
+    So have products, and their sums another order.
+    """
+    memory = {"backend": place[1], "head_memory_mib": memory_mib}
     inputs = make_inputs((50, 64, 301), torch.float32, place[0])
     inputs["target"] = inputs["target"].clamp_min(0)
     inputs["weight"].requires_grad_(not frozen)
-    whole, _ = run(linear_logprob, inputs, backend=place[1])
+    whole, _ = run(linear_logprob, inputs, **memory)
     others = torch.randn(25, 64, generator=torch.Generator().manual_seed(1)).to(place[0])
     hidden = torch.cat([inputs["hidden"].detach()[:25], others]).requires_grad_()
-    changed, _ = run(linear_logprob, inputs | {"hidden": hidden}, backend=place[1])
+    changed, _ = run(linear_logprob, inputs | {"hidden": hidden}, **memory)
     assert changed.logprob[:25].equal(whole.logprob[:25])
     for num_rows in (1, 3, 25):
         few = inputs | {name: inputs[name][:num_rows] for name in ("hidden", "target")}
         few["hidden"] = few["hidden"].detach().requires_grad_()
-        scores, _ = run(linear_logprob, few, backend=place[1])
+        scores, _ = run(linear_logprob, few, **memory)
         torch.testing.assert_close(scores.logprob, whole.logprob[:num_rows], rtol=0, atol=1e-5)
 
 

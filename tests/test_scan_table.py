@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastkto_kernels import scan_table
+from fastkto_kernels import scan_table, search_scan
 from fastkto_kernels.scan_table import CANDIDATES, Blocks, Key, find_blocks, load_table, save_entry
 
 ROOT = Path(__file__).parent.parent
@@ -106,3 +106,12 @@ def test_the_search_needs_a_gpu(users_table: Path) -> None:
     assert result.returncode != 0
     assert "CUDA" in result.stderr and "Traceback" not in result.stderr
     assert not users_table.exists()
+
+
+@pytest.mark.parametrize(
+    ("capability", "number"), [((8, 0), 2), ((8, 9), 2), ((9, 0), 2), ((10, 0), 0), ((12, 0), 1)]
+)
+def test_the_search_tries_what_compiles_well_for_the_gpu(
+    capability: tuple[int, int], number: int
+) -> None:
+    assert len(search_scan.candidates_for(capability)) == number

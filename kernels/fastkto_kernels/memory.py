@@ -1,15 +1,20 @@
 """The memory that a call of `linear_logprob` needs beside its inputs, its results and gradients.
 
 With N tokens, D hidden size, V vocabulary, tiles of R tokens and C entries (`tiles.tile_shape`);
-w and m the bytes of a number of the weight and of the products (on a CPU these are fp32):
+h, w, c and m the bytes of a number of the hidden states, of the weight, of the compute dtype and of
+the products (on a CPU these are fp32):
 
     tile         4 R C           its temporaries included at most `head_memory_mib`; on a CPU at
                  + m R C         most 2^20 logits. The result of a tile, where it is a 16-bit one
-    operands     m (R + C) D     rows of hidden and weight, each where its dtype is another
+    operands     m (R + C) D     rows of hidden and weight, each where its dtype is another; in
+                 c C D           two steps where three dtypes differ
     tokens       36 N            running sums and scores
     frozen head  8 R D           forward: an fp32 sum, and the targets' rows of the weight in fp32
                  w R D           these rows in the weight's dtype, where it is another
                  4 N             a scale for each token
+    ignored      h N D           on a CPU, where ignored tokens are left out: the others' hidden
+                                 states, copied. What is kept, and gradients, are formed without
+                                 them first
     trainable    8 R D           backward: hidden states times the upstream gradient
                  4 L D           fp32 sums of 16-bit gradients, the smaller of L = N + C, L = V + R
     rank         m (R + C) E     a low-rank addition: its rows as the operands', and in backward
@@ -32,9 +37,9 @@ from .tiles import tile_shape
 
 
 class HeadCall(NamedTuple):
-    """A call, as far as its memory depends on it. The hidden states need a gradient."""
+    """A call, as far as its memory depends on it."""
 
-    num_tokens: int  # on a CPU those that are not ignored
+    num_tokens: int  # on a CPU those that are not ignored: N above
     hidden_size: int
     vocab_size: int
     hidden_dtype: torch.dtype
@@ -43,8 +48,10 @@ class HeadCall(NamedTuple):
     trainable: bool  # the weight needs one too
     memory_bytes: int  # head_memory_mib
     bytes_per_logit: int  # of the backend: BYTES_PER_LOGIT, as a bound
+    hidden_needs_gradient: bool = True
     rank: int = 0  # of a low-rank addition in the dtypes of hidden and weight, which needs one too
     temporaries: int = 0  # of a tile's size in fp32 beside it; 0 in Triton, up to 2 in PyTorch
+    ignored_tokens: int = 0  # on a CPU
     device_type: str = "cuda"
 
 
@@ -52,7 +59,7 @@ class HeadMemory(NamedTuple):
     """Bytes."""
 
     forward: int  # peak, with what is kept
-    kept: int  # until the backward pass
+    kept: int  # until the backward pass, for all tokens
     backward: int  # peak, without what is kept
 
 
@@ -67,12 +74,14 @@ def head_memory(call: HeadCall) -> HeadMemory:
         memory_bytes=call.memory_bytes,
         device_type=call.device_type,
     )
-    width = call.hidden_size
+    width, size = call.hidden_size, product_dtype.itemsize
     tile = rows * columns * (4 + result_bytes)
-    size = product_dtype.itemsize
-    hidden_rows = size * rows * (call.hidden_dtype != product_dtype)
-    weight_rows = size * columns * (call.weight_dtype != product_dtype)
+    is_copied = call.hidden_dtype != product_dtype or _in_two_steps(call, call.hidden_dtype)
+    hidden_rows = size * rows * is_copied
+    weight_rows = columns * _rounded_bytes(call, call.weight_dtype, product_dtype)
     always = tile + hidden_rows * width + 36 * call.num_tokens
+    if call.ignored_tokens:
+        always += call.num_tokens * width * call.hidden_dtype.itemsize
     # with one tile
     passing = weight_rows * width + max(
         rows * columns * 4 * call.temporaries, (hidden_rows + weight_rows) * call.rank
@@ -81,11 +90,40 @@ def head_memory(call: HeadCall) -> HeadMemory:
         of_hidden = width * call.trainable
         scaled = rows * max(8 * of_hidden, size * of_hidden + 8 * call.rank)
         backward = always + passing + scaled + _sums(call, rows, columns)
+        # Gradients are formed without the ignored tokens, and are spread when all else is done.
+        row = (width + call.rank) * call.hidden_dtype.itemsize
+        spread = row * call.num_tokens if call.ignored_tokens else 0
+        backward = max(backward - row * call.ignored_tokens, spread)
         return HeadMemory(always + passing, 0, backward)
-    target_rows = rows * width * (call.weight_dtype.itemsize % 4 + 4)
-    kept = call.num_tokens * (width * call.compute_dtype.itemsize + 4)
-    forward = always + kept + 4 * rows * width + max(passing, target_rows)
-    return HeadMemory(forward, kept, 0)
+    if not call.hidden_needs_gradient:
+        return HeadMemory(always + passing, 0, 0)
+    return _frozen(call, always, passing, rows, product_dtype)
+
+
+def _frozen(
+    call: HeadCall, always: int, passing: int, rows: int, product_dtype: torch.dtype
+) -> HeadMemory:
+    """`head_memory` with the direction of the hidden states' gradient alone."""
+    row = call.hidden_size * call.compute_dtype.itemsize + 4
+    kept = (call.num_tokens + call.ignored_tokens) * row
+    selected = call.weight_dtype.itemsize + _rounded_bytes(call, call.weight_dtype, product_dtype)
+    target_rows = rows * call.hidden_size * max(selected, product_dtype.itemsize % 4 + 4)
+    sweep = always + call.num_tokens * row
+    sweep += 4 * rows * call.hidden_size + max(passing, target_rows)
+    spread = kept + call.num_tokens * row if call.ignored_tokens else 0
+    return HeadMemory(max(sweep, spread), kept, 0)
+
+
+def _in_two_steps(call: HeadCall, dtype: torch.dtype) -> bool:
+    """Whether a tensor is rounded to the compute dtype and then widened to the products'."""
+    return call.device_type == "cpu" and torch.float32 == dtype != call.compute_dtype
+
+
+def _rounded_bytes(call: HeadCall, dtype: torch.dtype, product_dtype: torch.dtype) -> int:
+    """Bytes of a number for a tensor's rows as they are multiplied, while they are made."""
+    if _in_two_steps(call, dtype):
+        return call.compute_dtype.itemsize + product_dtype.itemsize
+    return product_dtype.itemsize * (dtype != product_dtype)
 
 
 def _sums(call: HeadCall, rows: int, columns: int) -> int:

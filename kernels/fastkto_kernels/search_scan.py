@@ -2,17 +2,18 @@
 
     python -m fastkto_kernels.search_scan --hidden-size 896 --vocab-size 151936
 
-Times tiles and the fused kernel in every configuration on the present CUDA device. Each has to
-agree with the tiles first, with a weight in the compute dtype and in fp32. The fastest goes to the
-user's table, see `scan_table`.
+Times tiles and the fused kernel, in the configurations for it, on the present CUDA device. Each has
+to agree with the tiles first, with a weight in the compute dtype and in fp32. The fastest goes to
+the user's table, see `scan_table`.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from .tiles import LogitTransform, RowState
 DTYPES = ("bfloat16", "float16")
 MEMORY_BYTES = 96 * 2**20  # of the tiles, as in `fastkto.linear_logprob`
 # Between two sums of a few thousand fp32 products in different orders, in nats.
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 
 
 class Timing(NamedTuple):
@@ -46,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocab-size", type=int, required=True)
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the products")
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--table", type=Path, help="file of the entry; default: the user's")
     options = parser.parse_args(arguments)
     if min(options.hidden_size, options.vocab_size, options.tokens) < 1:
         parser.error("sizes have to be positive")
@@ -56,13 +58,15 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = getattr(torch, options.dtype)
     operands = make_operands(options.tokens, options.hidden_size, options.vocab_size, dtype, device)
-    timings = list(time_forms(operands))
-    for timing in timings:
+    timings = []
+    for timing in time_forms(operands, candidates_for(torch.cuda.get_device_capability(device))):
+        timings.append(timing)
         _write(_line(timing))
     fastest = choose(timings)
     key = make_key(device, options.hidden_size, options.vocab_size, dtype)
-    save_entry(users_table(), key, fastest.blocks)
-    _write(f"{_name(fastest.blocks)} is written to {users_table()} for {key}")
+    table = options.table or users_table()
+    save_entry(table, key, fastest.blocks)
+    _write(f"{_name(fastest.blocks)} is written to {table} for {key}")
     return 0
 
 
@@ -82,7 +86,14 @@ def make_operands(
     return Operands(hidden, weight, None, None, None, target, dtype, transform)
 
 
-def time_forms(operands: Operands) -> Iterator[Timing]:
+def candidates_for(capability: tuple[int, int]) -> list[Blocks]:
+    """The configurations that compile well for a GPU, or for the first of its generation."""
+    major, minor = capability
+    names = {f"sm_{major}{minor}", f"sm_{major}0"}
+    return [blocks for blocks, targets in CANDIDATES.items() if names & set(targets)]
+
+
+def time_forms(operands: Operands, candidates: Sequence[Blocks]) -> Iterator[Timing]:
     """The tiles' time, then that of each configuration which computes the same."""
     from triton.testing import do_bench
 
@@ -92,7 +103,7 @@ def time_forms(operands: Operands) -> Iterator[Timing]:
         return float(do_bench(scan, warmup=100, rep=500, return_mode="median"))
 
     yield Timing(None, time(lambda: scan_tiles(operands)), "")
-    for blocks in CANDIDATES:
+    for blocks in candidates:
         # A configuration that is too large for this GPU shows when it is launched.
         try:
             finding = disagreement(operands, blocks)
