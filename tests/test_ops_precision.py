@@ -128,7 +128,7 @@ def test_a_frozen_heads_bf16_gradient_is_rounded_once(place: Place, name: str) -
     """Token by token: what is kept until backward has three bits more than bf16."""
     measured = measure(REGIMES[name], torch.bfloat16, place, trainable=False)
     assert measured.hidden_ratios.square().mean().sqrt() < 1.15
-    assert measured.hidden_ratios.max() < 1.5
+    assert measured.hidden_ratios.max() < (1.5 if place[0] == "cpu" else 1.75)  # 16-bit tiles
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
