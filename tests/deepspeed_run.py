@@ -3,13 +3,15 @@
     torchrun --nproc-per-node 2 tests/deepspeed_run.py OUTPUT_DIR
 
 First those of tests/distributed_run.py, a folder for each stage of ZeRO; then, of each case with
-checkpoints, the whole run's weights and those of one that goes on from its middle.
+checkpoints, the whole run's weights and those of one that goes on from its middle; then those of
+tests/precompute_run.py under ZeRO-2.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from fastkto.head_check import evaluating
 from fastkto.passes import build_pass, run_pass
 from fastkto.plan_passes import Layout
 from fastkto.sharding import is_divided_by_zero, release_gathered
-from tests import distributed_run
+from tests import distributed_run, precompute_run
 from tests.deepspeed_on_cpu import allow_deepspeed_on_cpu
 from tests.distributed_run import rows, whole
 from tests.fsdp_resume_run import LORA, MIDDLE, STEPS, result
@@ -34,9 +36,9 @@ from tests.launch import ROOT, finish
 from tests.models import tiny_model, tiny_tokenizer
 
 CASES = {
-    "zero1": ("kto", "lora"),
-    "zero2": ("window", "tied", "lora", "precomputed"),
-    "zero3": ("window", "tied", "lora", "mixtral"),
+    "zero1": ("kto", "uneven", "lora"),
+    "zero2": ("window", "tied", "uneven window", "lora", "precomputed"),
+    "zero3": ("window", "tied", "uneven", "lora", "mixtral"),
 }
 RESUMED: dict[str, int] = {"full": 2, "bf16": 2, "path": 3, "frozen adapter": 3}  # and the stage
 
@@ -49,6 +51,28 @@ def configuration(stage: int) -> dict[str, Any]:
     if stage == 3:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return config
+
+
+def count_reductions() -> None:
+    """Have `distributed_run.reductions` remember how many numbers DeepSpeed reduces."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    def count(optimizer: Any, method: str, size: Callable[[Any], int]) -> None:
+        reduce = getattr(optimizer, method)
+
+        def counted(self: Any, reduced: Any, *args: Any) -> Any:
+            distributed_run.reductions.append(size(reduced))
+            return reduce(self, reduced, *args)
+
+        setattr(optimizer, method, counted)
+
+    count(DeepSpeedZeroOptimizer, "average_tensor", lambda bucket: bucket.numel())
+    count(
+        DeepSpeedZeroOptimizer_Stage3,
+        "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads",
+        lambda weights: sum(weight.grad.numel() for weight in weights),
+    )
 
 
 def build(case: str, directory: Path, initial: Path) -> KTOTrainer:
@@ -158,6 +182,11 @@ def main(directory: Path) -> None:
         run = {"complete": complete, "resumed": result(resumed), "facts": facts(resumed)}
         if trainer.is_world_process_zero():
             torch.save(run, directory / f"{case}.pt")
+    unset_hf_deepspeed_config()
+    fastkto.trainer.score_window = precompute_run.score_and_count
+    runs = precompute_run.trainings(directory / "half known", deepspeed=configuration(2))
+    if rank == 0:
+        torch.save(runs, directory / "half_known.pt")
     messages = refusals(initial, directory)
     (directory / f"refusals{rank}.json").write_text(json.dumps(messages))
 
@@ -165,5 +194,6 @@ def main(directory: Path) -> None:
 if __name__ == "__main__":
     fastkto.trainer.score_window = distributed_run.score_and_count
     allow_deepspeed_on_cpu()
+    count_reductions()
     main(Path(sys.argv[1]))
     finish()

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -39,11 +38,17 @@ from tests.models import tiny_model, tiny_tokenizer
 RANK_BATCH = 4
 WORLD_SIZE = 2
 STEPS = 3
+# 8 micro-batches of 4 rows, and 2 rows: accelerate adds the first 6 again, so that the last step
+# has one micro-batch of each rank, the second rank's of nothing but repeated rows.
+UNEVEN_ROWS, REPEATED_ROWS = 34, 6
+UNEVEN = {"gradient_accumulation_steps": 2, "num_train_epochs": 1, "max_steps": -1}
 CASES: dict[str, dict[str, Any]] = {
     "kto": {},
     "tied": {"gradient_accumulation_steps": 2},
     "window": {"kl_scope": "window", "kl_pairing": "distinct"},
     "precomputed": {"precompute_ref_log_probs": True},
+    "uneven": UNEVEN,
+    "uneven window": UNEVEN | {"kl_scope": "window"},
     "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 1},
     "apo": {"loss_type": "apo_zero_unpaired"},
     "lora": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
@@ -100,12 +105,20 @@ def rows(count: int) -> Dataset:
     return Dataset.from_list(data)
 
 
+def training_rows(case: str, *, alone: bool) -> Dataset:
+    """One process is given the rows that accelerate repeats for two."""
+    if not case.startswith("uneven"):
+        return rows(48)
+    data = rows(UNEVEN_ROWS)
+    return concatenate_datasets([data, data.take(REPEATED_ROWS)]) if alone else data
+
+
 passes: list[int] = []
-reductions: list[str] = []
+reductions: list[int] = []
 
 
 class CountReductions(TrainerCallback):
-    """Remembers each reduction of gradients over ranks, one for each group that is reduced."""
+    """Remembers each reduction of gradients over ranks, by how many numbers it reduces."""
 
     trainer: KTOTrainer
 
@@ -116,16 +129,16 @@ class CountReductions(TrainerCallback):
 
 
 def count_and_reduce(state, bucket):  # DistributedDataParallel looks at annotations
-    reductions.append("bucket")
+    reductions.append(bucket.buffer().numel())
     return allreduce_hook(None, bucket)
 
 
 def count_fsdp_reductions() -> None:
     reduce = _fsdp_param_group.foreach_reduce
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        reductions.append("group")
-        return reduce(*args, **kwargs)
+    def counted(parameters: Any, gradients: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        reductions.append(sum(gradient.numel() for gradient in gradients))
+        return reduce(parameters, gradients, *args, **kwargs)
 
     _fsdp_param_group.foreach_reduce = counted
 
@@ -171,7 +184,6 @@ def config_of(directory: Path, batch: int, **fields: Any) -> KTOConfig:
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
         max_tokens_per_pass=70,
-        max_steps=STEPS,
         logging_steps=1,
         learning_rate=0.05,
         optim="sgd",
@@ -180,7 +192,7 @@ def config_of(directory: Path, batch: int, **fields: Any) -> KTOConfig:
         save_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
-        **{"gradient_checkpointing": False, **fields},
+        **{"max_steps": STEPS, "gradient_checkpointing": False, **fields},
     )
 
 
@@ -216,7 +228,7 @@ def run(case: str, directory: Path, **wrapping: Any) -> None:
         model=model,
         ref_model=ref_model,
         args=args,
-        train_dataset=rows(48),
+        train_dataset=training_rows(case, alone=alone),
         eval_dataset=rows(13),
         processing_class=tiny_tokenizer(),
         peft_config=peft_config,
@@ -224,7 +236,7 @@ def run(case: str, directory: Path, **wrapping: Any) -> None:
     )
     counter.trainer = trainer
     trainer.train()
-    training_passes, training_reductions = list(passes), len(reductions)
+    training_passes, reduced = list(passes), sum(reductions)
     evaluation = trainer.evaluate()
     streamed = trainer.evaluate(rows(13).to_iterable_dataset())
     rank = trainer.args.process_index
@@ -237,17 +249,10 @@ def run(case: str, directory: Path, **wrapping: Any) -> None:
         "evaluation": evaluation,
         "streamed": streamed,
         "passes": training_passes,
-        "reductions": training_reductions,
-        "groups": trained_groups(trainer.model),
+        # of each trained number
+        "reductions": reduced / sum(weight.numel() for weight in weights.values()),
     }
     (directory / f"result{rank}.json").write_text(json.dumps(result))
-
-
-def trained_groups(model: torch.nn.Module) -> int:
-    """How many groups of parameters FSDP2 reduces; 0 without it."""
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = {module._get_fsdp_state()._fsdp_param_group for module in modules} - {None}
-    return sum(any(p.sharded_param.requires_grad for p in g.fsdp_params) for g in groups)
 
 
 def whole(parameter: torch.nn.Parameter) -> torch.Tensor:

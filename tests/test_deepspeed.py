@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed, which is optional")
 
+from tests import distributed_run, equal_runs  # noqa: E402
 from tests.deepspeed_run import CASES, RESUMED  # noqa: E402
-from tests.equal_runs import check_equal  # noqa: E402
 from tests.fsdp_resume_run import MIDDLE, STEPS  # noqa: E402
 from tests.launch import launch  # noqa: E402
 from tests.models import tiny_model  # noqa: E402
@@ -38,7 +38,25 @@ def load(runs: Path, case: str) -> dict[str, Any]:
     ("stage", "case"), [(stage, case) for stage, cases in CASES.items() for case in cases]
 )
 def test_two_processes_equal_one(stage: str, case: str, runs: Path) -> None:
-    check_equal(runs / "one" / case, runs / stage / case, case, in_lockstep=True)
+    equal_runs.check_equal(runs / "one" / case, runs / stage / case, case, in_lockstep=True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "case"), [(stage, case) for stage, cases in CASES.items() for case in cases]
+)
+def test_gradients_are_reduced_once_a_step_or_at_every_pass(
+    stage: str, case: str, runs: Path
+) -> None:
+    for rank in range(2):
+        run = equal_runs.result(runs / stage / case, rank)
+        steps, passes = distributed_run.STEPS, sum(run["passes"])
+        assert passes > steps
+        assert run["reductions"] == (steps if stage == "zero1" else passes)
+
+
+@pytest.mark.parametrize("case", ["stream", "ahead"])
+def test_only_one_rank_finds_its_rows_in_the_reference_cache(case: str, runs: Path) -> None:
+    equal_runs.check_half_known(torch.load(runs / "half_known.pt"), case, in_lockstep=True)
 
 
 @pytest.mark.parametrize("case", RESUMED)

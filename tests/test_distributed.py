@@ -38,8 +38,8 @@ def test_gradients_are_reduced_once_a_step_or_at_every_pass(case: str, runs: Pat
     if case in CASES:
         assert result(runs / "ddp" / case, 0)["reductions"] == STEPS
     fsdp = result(runs / "fsdp" / case, 0)
-    times = STEPS if case == "deferred" else sum(fsdp["passes"])
-    assert times >= STEPS and fsdp["reductions"] == times * fsdp["groups"]
+    assert sum(fsdp["passes"]) > STEPS
+    assert fsdp["reductions"] == (STEPS if case == "deferred" else sum(fsdp["passes"]))
 
 
 @pytest.mark.parametrize("wrapping", ["ddp", "fsdp"])

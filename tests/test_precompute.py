@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from transformers import BitsAndBytesConfig
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.precompute import ReleasedReference
 from fastkto.score_store import FILE_NAME
+from tests.equal_runs import NOT_COMPARED, check_half_known
 from tests.launch import launch
 from tests.models import tiny_model, tiny_tokenizer
 from tests.trl_runs import text_rows
 
 ROWS = 16
-NOT_COMPARED = ("runtime", "per_second", "ref_cache", "pass_efficiency")
 
 
 class Forwards:
@@ -284,16 +283,36 @@ def test_evaluation_alone_uses_the_cache(tmp_path: Path) -> None:
     assert first["eval_loss"] == second["eval_loss"]
 
 
-def test_only_one_rank_finds_its_rows(tmp_path: Path) -> None:
-    launch(Path(__file__).parent / "precompute_run.py", tmp_path, processes=2, timeout=200)
-    results = json.loads((tmp_path / "results.json").read_text())
-    _, half_known, known, expected = results
+# ---- Two ranks, of which one finds its rows ----
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def two_ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, Any]]:
+    """What the ranks' models are wrapped in, and the runs of tests/precompute_run.py."""
+    directory, wrapping = tmp_path_factory.mktemp("two_ranks"), request.param
+    script = Path(__file__).parent / "precompute_run.py"
+    launch(script, directory, *(["fsdp"] if wrapping == "fsdp" else []), processes=2, timeout=200)
+    return wrapping, torch.load(directory / "runs.pt")
+
+
+def test_only_one_rank_finds_its_rows_to_evaluate(two_ranks: tuple[str, dict[str, Any]]) -> None:
+    _, half_known, known, expected = two_ranks[1]["evaluations"]
     assert half_known["eval_ref_cache_hits"] == half_known["eval_ref_cache_misses"] == 8
     assert known["eval_ref_cache_hits"] == expected["eval_ref_cache_misses"] == 16
     for name, value in expected.items():
         if not any(part in name for part in (*NOT_COMPARED, "preparation")):
             assert half_known[name] == pytest.approx(value, rel=1e-5), name
             assert known[name] == pytest.approx(value, rel=1e-5), name
+
+
+@pytest.mark.parametrize("case", ["stream", "ahead"])
+def test_only_one_rank_finds_its_rows_to_train_on(
+    case: str, two_ranks: tuple[str, dict[str, Any]]
+) -> None:
+    wrapping, runs = two_ranks
+    check_half_known(runs, case, in_lockstep=wrapping == "fsdp")
 
 
 # ---- Refusals ----
