@@ -2,11 +2,13 @@
 
     python -m benchmarks.gpu_check --output benchmarks/results [--only correctness,gpu]
 
-Every part is a pytest process of its own, so that a crash does not hide the others; its log and
-JUnit file stay in the output folder. The last lines are a table. `gpu_check.json` holds the same
-with device and versions, together with what earlier calls on that machine found. Exit status: 0 if
-every part passed or was skipped, for a reason that is shown; 1 if one failed or was not done after
---limit seconds; 2 without a CUDA device.
+Every part is a process of its own, so that a crash does not hide the others, and one that is not
+done after --limit seconds keeps what it has measured by then. The last lines are a table, which
+`gpu_check.txt` holds too, and `gpu_check.json` with device and versions, together with what earlier
+calls on that machine found. Both are written after each part. Logs and JUnit files are in
+`gpu_check_logs.tar`: of the output folder a lent machine brings back a few files only. Exit status:
+0 if every part passed or was skipped, for a reason that is shown; 1 if one failed or was not done;
+2 without a CUDA device.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ import platform
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -33,17 +37,35 @@ import torch
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets")
 PACKAGES += ("liger-kernel", "cut-cross-entropy")
+INTERRUPTED_S = 60.0  # to write down what there is
 
 
 @dataclass(frozen=True)
 class Part:
-    """One pytest process."""
+    """One process of pytest, or a program of this folder."""
 
     name: str
     group: str  # what --only selects
-    arguments: tuple[str, ...]
+    arguments: tuple[str, ...]  # files
     needs: tuple[str, ...] = ()  # modules to import, without which it is skipped
+    select: str = ""  # pytest's -k
     keeps_times: bool = False  # in a file of pytest-benchmark
+    is_program: bool = False  # it writes a page into the output folder
+
+
+def _head_parts(group: str, suffix: str, select: str) -> tuple[Part, ...]:
+    """The head benchmark model by model: all of it takes longer than one command may."""
+    return tuple(
+        Part(
+            f"head_{model}_{suffix}",
+            group,
+            ("benchmarks/test_head.py",),
+            needs=("matplotlib", "cpuinfo"),
+            select=f"{model} and {select}",
+            keeps_times=True,
+        )
+        for model in ("qwen2.5-0.5b", "llama-3.1-8b", "qwen3-8b", "gemma-2-2b")
+    )
 
 
 PARTS = (
@@ -53,17 +75,28 @@ PARTS = (
             ("test_linear_logprob", ()),
             ("test_ops_precision", ()),
             ("test_ops_tiles", ("hypothesis",)),
+            ("test_fused_scan", ("triton",)),
             ("test_operators", ()),
             ("test_kto_loss", ("hypothesis",)),
         )
     ),
     Part("test_gpu", "gpu", ("tests/test_gpu.py",)),
+    Part("test_accuracy", "accuracy", ("benchmarks/test_accuracy.py",), needs=("cpuinfo",)),
+    Part(
+        "accuracy",
+        "accuracy",
+        ("benchmarks/accuracy.py",),
+        needs=("cpuinfo",),
+        is_program=True,
+    ),
+    # N = 8192, which the targets are about, before the rest
+    *_head_parts("targets", "n8192", "n8192"),
+    *_head_parts("benchmarks", "more", "not n8192"),
     *(
         Part(name, "benchmarks", (f"benchmarks/{name}.py",), needs=needs, keeps_times=True)
         for name, needs in (
-            ("test_head", ("trl", "peft")),
-            ("test_step", ("trl", "peft", "datasets", "matplotlib")),
-            ("test_context", ("trl", "peft", "datasets")),
+            ("test_step", ("trl", "peft", "datasets", "matplotlib", "cpuinfo")),
+            ("test_context", ("trl", "peft", "datasets", "cpuinfo")),
         )
     ),
 )
@@ -93,24 +126,64 @@ def run_part(part: Part, output: Path, limit_s: float) -> Outcome:
     missing = [name for name in needs if find_spec(name) is None]
     if missing:
         return Outcome(part.name, "skipped", reasons={f"needs {', '.join(missing)}": 1})
-    report, log = output / f"{part.name}.xml", output / f"{part.name}.log"
+    report, times = output / f"{part.name}.xml", output / f"{part.name}.json"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-v", f"--junitxml={report}", *part.arguments]
-    if part.keeps_times:
-        command.append(f"--benchmark-json={output / f'{part.name}.json'}")
+    folders = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     start = time.monotonic()
-    with log.open("w") as file:
+    with (output / f"{part.name}.log").open("w") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command_of(part, output),
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            process_group=0,
         )
-        try:
-            status: int | None = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            # Its workers too: they hold the device's memory.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            status = None
-    return read_outcome(part.name, status, time.monotonic() - start, report, limit_s)
+        status = wait(process, limit_s)
+    if part.keeps_times and times.exists() and not times.stat().st_size:
+        times.unlink()  # pytest-benchmark makes it at its start
+    seconds = time.monotonic() - start
+    if part.is_program:
+        return outcome_of_program(part.name, status, seconds, limit_s)
+    return read_outcome(part.name, status, seconds, report, limit_s)
+
+
+def command_of(part: Part, output: Path) -> list[str]:
+    if part.is_program:
+        (path,) = part.arguments
+        module = path.removesuffix(".py").replace("/", ".")
+        return [sys.executable, "-m", module, "--output", str(output)]
+    command = [sys.executable, "-m", "pytest", "-v", f"--junitxml={output / part.name}.xml"]
+    command += ["-k", part.select] if part.select else []
+    command += [f"--benchmark-json={output / part.name}.json"] if part.keeps_times else []
+    return [*command, *part.arguments]
+
+
+def wait(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
+    """The exit status; None where the process had to be stopped after the limit."""
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # pytest writes its files then
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(INTERRUPTED_S)
+    # Its workers too: they hold the device's memory.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return None
+
+
+def outcome_of_program(name: str, status: int | None, seconds: float, limit_s: float) -> Outcome:
+    """Of a part that is one thing to do."""
+    if status == 0:
+        return Outcome(name, "passed", seconds, passed=1)
+    reason = _late(limit_s) if status is None else f"exit status {status}: see {name}.log"
+    return Outcome(name, "failed", seconds, failed=1, reasons={reason: 1})
+
+
+def _late(limit_s: float) -> str:
+    return f"not done after the limit of {limit_s:.0f} s"
 
 
 def read_outcome(
@@ -120,6 +193,8 @@ def read_outcome(
     outcome = Outcome(name, "passed", seconds)
     reasons: Counter[str] = Counter()
     for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
+        if case.get("name") is None:  # it was interrupted
+            continue
         bad = case.find("failure") if case.find("error") is None else case.find("error")
         skip = case.find("skipped")
         if bad is not None:
@@ -135,7 +210,7 @@ def read_outcome(
     # 5: pytest found no test, which is right where a whole file is skipped.
     is_good = status == 0 or (status == 5 and outcome.skipped > 0)
     if status is None:
-        reasons[f"not done after the limit of {limit_s:.0f} s"] += 1
+        reasons[_late(limit_s)] += 1
     elif not is_good and not outcome.failed:
         reasons[f"exit status {status}: see {name}.log"] += 1
     if not is_good:
@@ -166,7 +241,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def write_report(outcomes: Sequence[Outcome], machine: dict[str, Any], output: Path) -> str:
-    """Write `gpu_check.json`; the table.
+    """Write `gpu_check.json` and `gpu_check.txt`; the table, which is the latter.
 
     Parts that an earlier call ran on the same machine stay in the file and in the table.
     """
@@ -182,24 +257,40 @@ def write_report(outcomes: Sequence[Outcome], machine: dict[str, Any], output: P
     lines = [header, *(outcome.row() for outcome in outcomes)]
     for outcome in outcomes:
         lines += [f"{outcome.name}: {reason} ({n})" for reason, n in outcome.reasons.items()]
-    return "\n".join(lines)
+    table = "\n".join(lines)
+    (output / "gpu_check.txt").write_text(table + "\n")
+    return table
 
 
-def run_parts(parts: Sequence[Part], output: Path, limit_s: float) -> list[Outcome]:
-    """All of them, one after the other."""
+def run_parts(
+    parts: Sequence[Part], machine: dict[str, Any], output: Path, limit_s: float
+) -> list[Outcome]:
+    """All of them, one after the other; what is known is written after each."""
     outcomes = []
     for part in parts:
         outcomes.append(run_part(part, output, limit_s))
         _write(outcomes[-1].row())
+        pack_logs(part.name, output)
+        write_report(outcomes, machine, output)
     return outcomes
+
+
+def pack_logs(name: str, output: Path) -> None:
+    """Move a part's log and JUnit file to the archive; of two with one name the last counts."""
+    with tarfile.open(output / "gpu_check_logs.tar", "a") as archive:
+        for path in (output / f"{name}.log", output / f"{name}.xml"):
+            if path.exists():
+                archive.add(path, path.name)
+                path.unlink()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the check; the exit status."""
     groups = list(dict.fromkeys(part.group for part in PARTS))
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for logs and results")
-    parser.add_argument("--only", default=",".join(groups), help="groups or names of parts")
+    parser.add_argument("--output", type=Path, required=True, help="folder for all that it writes")
+    everything = ",".join(groups)
+    parser.add_argument("--only", default=everything, help="of the groups %(default)s, or parts")
     # By default a part fits a command of ten minutes; several calls with --only share the work.
     parser.add_argument("--limit", type=float, default=540.0, help="seconds for each part")
     options = parser.parse_args(arguments)
@@ -213,8 +304,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
     parts = [part for part in PARTS if chosen & {part.group, part.name}]
-    outcomes = run_parts(parts, options.output.resolve(), options.limit)
-    _write(write_report(outcomes, describe_machine(), options.output))
+    output, machine = options.output.resolve(), describe_machine()
+    outcomes = run_parts(parts, machine, output, options.limit)
+    _write(write_report(outcomes, machine, output))
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 

@@ -91,6 +91,7 @@ def make_torch_fused(shape: Shape) -> Score:
 def make_trl(shape: Shape) -> Score:
     """As `trl.trainer.utils.add_fused_lm_head` calls it."""
     require("trl")
+    require("datasets")  # which TRL may lack, and imports
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction, _use_triton
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 

@@ -12,6 +12,7 @@ from fastkto import eager, linear_logprob
 from fastkto.logprob import TokenScores
 from fastkto_kernels import scan_table
 from fastkto_kernels.scan_table import CANDIDATES, Blocks
+from fastkto_kernels.search_scan import candidates_for
 from tests.conftest import CUDA, HAS_TRITON
 from tests.precision import TRANSFORMS, assert_within_budget, make_inputs, max_error
 
@@ -23,6 +24,8 @@ pytestmark = [
 DEVICE = CUDA[0] if CUDA else "cpu"
 DTYPES = [torch.float16, torch.bfloat16]
 FIRST = next(iter(CANDIDATES))
+# The others may need more shared memory than this GPU has.
+CONFIGURATIONS = candidates_for(torch.cuda.get_device_capability()) if CUDA else list(CANDIDATES)
 SHAPE = (13, 48, 301)
 UseTable = Callable[..., list[Blocks]]
 
@@ -84,7 +87,7 @@ def test_values_equal_fp64(
     assert scans == [FIRST]
 
 
-@pytest.mark.parametrize("blocks", CANDIDATES, ids=str)
+@pytest.mark.parametrize("blocks", CONFIGURATIONS, ids=str)
 def test_every_configuration_equals_fp64(use_table: UseTable, blocks: Blocks) -> None:
     """More rows than a block, and shares of two blocks of which the last is short."""
     shape = (blocks.rows + 3, blocks.depth + 16, 9 * blocks.columns + 5)
@@ -128,7 +131,10 @@ def test_a_weight_in_fp32_is_rounded_as_it_is_read(use_table: UseTable) -> None:
     with torch.autocast(DEVICE, dtype=torch.float16):
         scores = score(inputs, head_memory_mib=0.001)
     assert scans == [FIRST, FIRST]
-    assert all(value.equal(other) for value, other in zip(scores, expected, strict=True))
+    for value, other in zip(scores, expected, strict=True):
+        # A GPU's products of the two may add up in different orders.
+        within = 1e-5 if CUDA else 0.0
+        torch.testing.assert_close(value, other, rtol=within, atol=within)
 
 
 def test_statistics_change_nothing(use_table: UseTable) -> None:
