@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, modeling_flash_attention_utils
 from fastkto import attention
 from tests.models import tiny_model
 
-FORMS = ("sdpa", "eager", "flash_attention_2", "varlen", "flex_attention")
+FLASH = ("flash_attention_2", "flash_attention_3")
+FORMS = ("sdpa", "eager", *FLASH, "varlen", "flex_attention")
 HAVE_BACKWARD = FORMS[:-1]  # PyTorch: "FlexAttention does not support backward on CPU"
 ABSENT = {("gemma2", "sdpa"), ("gemma2", "varlen")}  # they know no softcap
 
@@ -51,7 +52,8 @@ def varlen_attention(
         assert type(most) is int and most == offsets.diff().max()  # a tensor would be read back
         assert offsets[0] == 0 and offsets[-1] == len(states)
     assert query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
-    groups = query.shape[1] // key.shape[1]
+    groups, dtype = query.shape[1] // key.shape[1], query.dtype
+    query, key, value = query.float(), key.float(), value.float()  # as the kernels do inside
     key, value = (states.repeat_interleave(groups, 1) for states in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     outputs = []
@@ -65,7 +67,7 @@ def varlen_attention(
         mask = attends_at_bottom_right(num_queries, num_keys, None if left < 0 else left + 1)
         scores = scores.masked_fill(~mask, -torch.inf)
         outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
-    return torch.cat(outputs)
+    return torch.cat(outputs).to(dtype)
 
 
 def flash_attn_varlen_func(
@@ -99,8 +101,32 @@ def flash_attn_varlen_func(
     )
 
 
+def flash_attn_3_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    deterministic: bool = False,
+) -> Tensor:
+    """FlashAttention 3's, as far as transformers calls it: it knows no dropout."""
+    assert seqused_q is None and seqused_k is None
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return flash_attn_varlen_func(
+        q, k, v, *lengths, 0.0, softmax_scale, causal, window_size, softcap, deterministic
+    )
+
+
 def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
-    """FlashAttention 2's for [B, T, H, D]."""
+    """Both FlashAttentions' for [B, T, H, D]."""
     rows, length = q.shape[:2]
     before = torch.arange(rows + 1, dtype=torch.int32) * length
     flat = (states.flatten(0, 1) for states in (q, k, v))
@@ -136,11 +162,12 @@ def use_form(form: str) -> Iterator[None]:
         if form == "varlen":
             patch.setattr(attention.varlen, "varlen_attn", varlen_attn)
             patch.setattr(attention, "_has_varlen", lambda *args: True)
-        if form == "flash_attention_2":
+        if form in FLASH:
+            varlen_func = flash_attn_varlen_func if form == FLASH[0] else flash_attn_3_varlen_func
             utils = modeling_flash_attention_utils
             # Newer transformers have one more, for a cache.
             absent = 3 if hasattr(utils, "_flash_with_kvcache_fn") else 2
-            functions = flash_attn_func, flash_attn_varlen_func, *(None,) * absent
+            functions = flash_attn_func, varlen_func, *(None,) * absent
             patch.setattr(utils, "_lazy_imports", lambda *args, **kwargs: functions)
             patch.setattr(utils, "_loaded_implementation", None)
         if form == "flex_attention":
@@ -153,9 +180,17 @@ def use_form(form: str) -> Iterator[None]:
 
 def model_with(form: str, family: str, **config: Any) -> PreTrainedModel:
     """A tiny model that attends by `form`."""
-    if form == "flash_attention_2":  # it cannot be asked for where it is not installed
+    if form in FLASH:  # they cannot be asked for where they are not installed
         model = tiny_model(family, **config)
-        model.config.get_text_config()._attn_implementation_internal = form
+        attend_by(form, model)
         return model
-    implementation = "sdpa" if form == "varlen" else form
-    return tiny_model(family, attn_implementation=implementation, **config)
+    return tiny_model(family, attn_implementation=_implementation(form), **config)
+
+
+def attend_by(form: str, model: PreTrainedModel) -> None:
+    """Have a model attend by `form` from now on."""
+    model.config.get_text_config()._attn_implementation_internal = _implementation(form)
+
+
+def _implementation(form: str) -> str:
+    return "sdpa" if form == "varlen" else form

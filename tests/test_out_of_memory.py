@@ -26,7 +26,7 @@ ROWS = Dataset.from_list(
 )
 
 
-def trainer_of(folder: Path, **fields: Any) -> KTOTrainer:
+def trainer_of(folder: Path, family: str = "llama", **fields: Any) -> KTOTrainer:
     values = {
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
@@ -40,8 +40,8 @@ def trainer_of(folder: Path, **fields: Any) -> KTOTrainer:
         "use_cpu": True,
     }
     return KTOTrainer(
-        model=tiny_model("llama", seed=1),
-        ref_model=tiny_model("llama", seed=2),
+        model=tiny_model(family, seed=1),
+        ref_model=tiny_model(family, seed=2),
         args=KTOConfig(str(folder), **(values | fields)),
         train_dataset=ROWS,
         eval_dataset=ROWS,
@@ -129,6 +129,48 @@ def test_a_pass_without_gradient(tmp_path: Path, of: str, number: int, expected:
     assert expected in message
     assert ("Lower max_tokens_per_pass; passes without" in message) == ("sequences" in expected)
     assert "checkpointing" not in message
+
+
+@pytest.mark.parametrize(
+    ("number", "size"),
+    [
+        (1, "50 tokens in 2 sequences, the longest of 40"),
+        (2, "50 tokens in 2 sequences, the longest of 30"),
+    ],
+)
+def test_a_pass_that_counts_experts(tmp_path: Path, number: int, size: str) -> None:
+    """With the passes of those with gradient; there is no other without one."""
+    trainer = trainer_of(
+        tmp_path, "mixtral", router_aux_loss_coef=0.5, loss_type="apo_zero_unpaired"
+    )
+    skip_checks(trainer)
+    fail_at(trainer.model, False, number)
+    message = message_of(trainer.train)
+    assert f"pass without gradient that counts the policy's experts ({size}" in message
+    assert "Lower max_tokens_per_pass" in message
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(1, "1 of 2 of the reference (90 tokens in 3"), (2, "2 of 2 of the reference (one sequence")],
+)
+def test_a_pass_that_fills_the_cache(tmp_path: Path, number: int, expected: str) -> None:
+    """Of the rows of two batches at once, as no step scores them."""
+    trainer = trainer_of(
+        tmp_path,
+        max_tokens_per_pass=45,
+        per_device_train_batch_size=2,
+        max_steps=2,
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=4,
+        reference_cache=str(tmp_path / "cache"),
+    )
+    trainer._get_ready([next(iter(trainer.get_train_dataloader()))])  # nothing is in the cache yet
+    assert trainer.reference.model is not None
+    fail_at(trainer.reference.model, False, number)
+    message = message_of(trainer.train)
+    assert f"pass without gradient {expected}" in message
+    assert ("lower max_length" if number == 2 else "Lower max_tokens_per_pass") in message
 
 
 def test_a_pass_of_an_evaluation(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_shared_prompts_are_read_once_within_the_budget(
     lengths: list[tuple[int, int]], budget: int
 ) -> None:
     sequences = sequences_of(lengths, shared=True)
+    longest = max(sequence.length for sequence in sequences)
     plan = plan_passes(sequences, budget, Layout.PACKED, share_prompts=True)
     assert sorted(row for p in plan for group in p for row in group) == list(range(len(lengths)))
     for groups in plan:
@@ -111,7 +112,8 @@ def test_shared_prompts_are_read_once_within_the_budget(
         pass_ = build_pass(sequences, groups, Layout.PACKED)
         tokens = computed_tokens(sequences, groups, Layout.PACKED)
         assert pass_.input_ids.numel() == tokens == len(pass_.real_tokens)
-        assert tokens <= budget or groups == [[groups[0][0]]]
+        # A group that is a pass of its own may be a quarter longer than the longest sequence.
+        assert tokens <= budget or (len(groups) == 1 and tokens <= 1.25 * longest)
     unlimited = plan_passes(sequences, 10**6, Layout.PACKED, share_prompts=True)
     keys = [sequences[group[0]].prompt_key for group in unlimited[0] if group]
     long_keys = [key for key in keys if key > 0]  # an empty prompt has nothing to share
@@ -292,52 +294,80 @@ class SavedTensor:
         self.count.now -= self.size
 
 
-@pytest.mark.parametrize("batch_size", [8, 32])
-def test_memory_follows_the_budget_and_not_the_batch(batch_size: int, tmp_path: Path) -> None:
+# The first three make two passes: the longest row, which is above the bound of 124 tokens, and one
+# of 124. The others are of 12 to 62 tokens.
+MIXED = [150, 62, 62, *(62 - 7 * n % 51 for n in range(29))]
+
+
+def memory_trainer(directory: Path, batch_size: int, adapter: bool) -> KTOTrainer:
+    """For rows of the lengths `MIXED`, in their order."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
-    # 62 tokens each: a full pass holds two of them
     rows = [
         {
-            "prompt": "p" * 30 + chr(ord("A") + index),
-            "completion": "c" * 30,
-            "label": index % 2 == 0,
+            "prompt": "p" * 8 + chr(ord("A") + n),
+            "completion": "c" * (length - 10),
+            "label": n % 2 == 0,
         }
-        for index in range(32)
+        for n, length in enumerate(MIXED)
     ]
+    trainer = KTOTrainer(
+        model=tiny_model("llama", seed=1, **sizes),
+        ref_model=None if adapter else tiny_model("llama", seed=8, **sizes),
+        args=KTOConfig(
+            output_dir=str(directory),
+            max_tokens_per_pass=124,
+            per_device_train_batch_size=batch_size,
+            train_sampling_strategy="sequential",
+            gradient_checkpointing=False,
+            report_to="none",
+            use_cpu=True,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+        peft_config=copy.deepcopy(LORA) if adapter else None,
+    )
+    assert trainer.train_dataset["length"][:] == MIXED
+    return trainer
 
-    def peaks(batch_size: int) -> tuple[int, int]:
-        """Bytes saved for backward, and bytes allocated, at most, in a step on the first batch."""
-        trainer = KTOTrainer(
-            model=tiny_model("llama", seed=1, **sizes),
-            ref_model=tiny_model("llama", seed=8, **sizes),
-            args=KTOConfig(
-                output_dir=str(tmp_path),
-                max_tokens_per_pass=124,
-                per_device_train_batch_size=batch_size,
-                gradient_checkpointing=False,
-                report_to="none",
-                use_cpu=True,
-            ),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tiny_tokenizer(),
-        )
-        assert set(trainer.train_dataset["length"]) == {62}
-        batch = next(iter(trainer.get_train_dataloader()))
-        trainer.model.train()
-        trainer.current_gradient_accumulation_steps = 1
-        saved = SavedBytes(trainer.model)
-        hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda s: s.tensor)
-        with hooks:
-            trainer.training_step(trainer.model, batch)
-        assert saved.now == 0
+
+def step_peaks(trainer: KTOTrainer, *, largest_first: bool = True) -> tuple[int, int]:
+    """Bytes saved for backward, and bytes allocated, at most, in a step on the first batch."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+
+    def step() -> None:
         trainer.model.zero_grad()
-        return saved.peak, measured_peak(lambda: trainer.training_step(trainer.model, batch))
+        (loss,) = trainer._score([batch])
+        if not largest_first:
+            loss.plan.reverse()
+        trainer.training_step(trainer.model, {**batch, "batch_loss": loss})
 
-    saved, allocated = peaks(4)  # two full passes
+    saved = SavedBytes(trainer.model)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda s: s.tensor):
+        step()
+    assert saved.now == 0
+    trainer.model.zero_grad()
+    return saved.peak, measured_peak(step)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_memory_follows_the_budget_and_not_the_batch(adapter: bool, tmp_path: Path) -> None:
+    """With mixed lengths, against two passes with the same longest row."""
+    saved, allocated = step_peaks(memory_trainer(tmp_path, 3, adapter))
     assert saved > 2**20 and allocated > 2**20
-    more_saved, more_allocated = peaks(batch_size)
-    assert more_saved <= 1.1 * saved
-    assert more_allocated <= 1.1 * allocated
+    for batch_size in (8, 32):
+        more_saved, more_allocated = step_peaks(memory_trainer(tmp_path, batch_size, adapter))
+        assert more_saved <= 1.1 * saved
+        assert more_allocated <= 1.1 * allocated
+
+
+def test_the_largest_pass_comes_before_the_gradients(tmp_path: Path) -> None:
+    """In another order its activations stand beside the gradients of the passes before."""
+    trainer = memory_trainer(tmp_path, 32, adapter=False)
+    _, first = step_peaks(trainer)
+    _, last = step_peaks(trainer, largest_first=False)
+    assert last > 1.05 * first
 
 
 @pytest.mark.parametrize(("passes", "error"), [(1, 1.7e-3), (8, 4.0e-3), (64, 9.8e-3)])
