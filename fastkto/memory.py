@@ -35,14 +35,15 @@ class RunMemory(NamedTuple):
     optimizer: int
     optimizer_step: int  # beyond its state, while it steps
     reference: int
+    filling: int  # a pass that fills the cache of a reference which is released then; else 0
     gradient_pass: PassBytes
     no_gradient_pass: PassBytes
 
     @property
     def lasting(self) -> int:
-        """What is there before a pass begins."""
+        """What is there before a pass of the training begins."""
         stays = self.weights + self.unpacked + self.gradients + self.buckets
-        return stays + self.optimizer + self.reference
+        return stays + self.optimizer + (0 if self.filling else self.reference)
 
     @property
     def working(self) -> int:
@@ -50,18 +51,25 @@ class RunMemory(NamedTuple):
         return max(self.gradient_pass.peak, self.no_gradient_pass.peak, self.optimizer_step)
 
     @property
+    def before_training(self) -> int:
+        """The peak while the cache is filled: no gradients and no optimizer state yet; 0 if not."""
+        models = self.weights + self.unpacked + self.buckets + self.reference
+        return models + self.filling if self.filling else 0
+
+    @property
     def total(self) -> int:
         """The peak."""
-        return self.lasting + self.working
+        return max(self.before_training, self.lasting + self.working)
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """How a run is spread over devices and how its frozen weights are stored."""
+    """How a run is spread over devices, and what is stored in another way than it is computed."""
 
     processes: int = 1
     sharded: bool = False  # FSDP2: weights, gradients and optimizer state divided by processes
     bytes_per_quantised: float | None = None  # of a weight in the linear layers but for the head
+    releases_reference: bool = False  # once its scores are on disk, see `fastkto.precompute`
 
 
 class MemoryEstimator:
@@ -156,10 +164,7 @@ class MemoryEstimator:
         budget = max_length if max_tokens_per_pass is None else max_tokens_per_pass
         batch = max_length * self.args.per_device_train_batch_size
         tokens = max(max_length, min(budget, batch))
-        # matched and mismatched sequences together, see `KTOConfig.no_grad_tokens`
-        no_grad_tokens = max(
-            max_length, 2 * min(budget, batch * self.args.gradient_accumulation_steps)
-        )
+        step = batch * self.args.gradient_accumulation_steps
         plan, shards = self.deployment, 1
         if plan.sharded:
             shards = plan.processes
@@ -174,9 +179,22 @@ class MemoryEstimator:
             optimizer=optimizer.state // shards,
             optimizer_step=optimizer.step // shards,
             reference=0 if self.reference is None else model_bytes(self.reference) // shards,
+            filling=self._filling(max_length, budget, step),
             gradient_pass=self.pass_bytes(tokens, longest=max_length, checkpointing=checkpointing),
-            no_gradient_pass=self.pass_bytes(no_grad_tokens, longest=max_length, gradient=False),
+            no_gradient_pass=self._no_gradient_pass(max_length, budget, step),
         )
+
+    def _no_gradient_pass(self, max_length: int, budget: int, waiting: int) -> PassBytes:
+        """The largest, where sequences of `waiting` tokens wait, and as many mismatched ones."""
+        # both kinds together, see `KTOConfig.no_grad_tokens`
+        tokens = max(max_length, 2 * min(budget, waiting))
+        return self.pass_bytes(tokens, longest=max_length, gradient=False)
+
+    def _filling(self, max_length: int, budget: int, step: int) -> int:
+        if self.reference is None or not self.deployment.releases_reference:
+            return 0
+        more = max_length * (self.args.precompute_ref_batch_size or 0)
+        return self._no_gradient_pass(max_length, budget, step + more).peak
 
     def largest_budget(self, max_length: int, memory: int) -> int:
         """The most tokens for a pass of a run that fits into `memory` bytes, see `largest`.

@@ -22,6 +22,9 @@ from fastkto.logprob_operator import IMPLEMENTATIONS
 from fastkto_kernels import gradients, scan
 
 _ATTENTION = "fastkto_memory"
+# A storage from before, a weight in another dtype, and a gradient of the head or the embedding.
+_KNOWN, _COPY, _GRADIENT = "known", "copy", "gradient"
+aten = torch.ops.aten
 
 
 class LiveBytes(TorchDispatchMode):
@@ -34,50 +37,71 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor] = (), *, number: int = 0) -> None:
         super().__init__()
         self._number = number
-        self.now = self.peak = self.weight_copies = 0
+        self.now = self.peak = self.peak_gradients = 0
+        self._bytes = {_COPY: 0, _GRADIENT: 0, None: 0}
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._alive: set[int] = set()
+        self._alive: dict[int, str | None] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is aten._local_scalar_dense.default:
             return self._number
-        if func is torch.ops.aten.is_nonzero.default:  # of a tensor inside an operator
+        if func is aten.is_nonzero.default:  # of a tensor inside an operator
             return bool(self._number)
-        if func is torch.ops.aten._grouped_mm.default:
+        if func is aten._grouped_mm.default:
             result = _empty_grouped_mm(*args[:3])
         elif func in IMPLEMENTATIONS:
             with self:  # what the head's operators need inside counts too
                 result = IMPLEMENTATIONS[func](*args, **(kwargs or {}))
         else:
             result = func(*args, **(kwargs or {}))
-        is_copy = func is torch.ops.aten._to_copy.default
-        is_copy = is_copy and args[0].untyped_storage()._cdata in self._known
+        kind = self._kind(func, args)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._track(leaf.untyped_storage(), is_copy)
+                self._track(leaf.untyped_storage(), kind)
         return result
 
-    def restart_peak(self) -> int:
-        """The peak since the last restart."""
-        peak, self.peak = self.peak, self.now
+    @property
+    def weight_copies(self) -> int:
+        """Bytes of weights in another dtype, as autocast makes them."""
+        return self._bytes[_COPY]
+
+    def restart_peak(self) -> tuple[int, int]:
+        """The peak since the last restart, and how much of it were gradients of vocabularies."""
+        peak = self.peak, self.peak_gradients
+        self.peak, self.peak_gradients = self.now, self._bytes[_GRADIENT]
         return peak
 
-    def _track(self, storage: torch.UntypedStorage, is_weight_copy: bool) -> None:
+    def _kind(self, func: Any, args: tuple[Any, ...]) -> str | None:
+        """What `func` makes of weights, if it is known.
+
+        The head's operator begins its weights' gradients, and their fp32 sums, as zeros like them;
+        autograd adds up those of a tied head and embedding.
+        """
+        sources = [arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)]
+        kinds = {_KNOWN if key in self._known else self._alive.get(key) for key in sources}
+        if func is aten._to_copy.default and kinds == {_KNOWN}:
+            return _COPY
+        if func is aten.zeros_like.default and kinds <= {_KNOWN, _GRADIENT}:
+            return _GRADIENT
+        is_sum = func is aten.add.Tensor and kinds == {_GRADIENT}
+        return _GRADIENT if is_sum or func is aten.embedding_dense_backward.default else None
+
+    def _track(self, storage: torch.UntypedStorage, kind: str | None) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._known or key in self._alive:
             return
-        self._alive.add(key)
-        weakref.finalize(storage, self._free, key, size, is_weight_copy)
+        self._alive[key] = kind
+        weakref.finalize(storage, self._free, key, size)
         self.now += size
-        self.weight_copies += size * is_weight_copy
-        self.peak = max(self.peak, self.now)
+        self._bytes[kind] += size
+        if self.now > self.peak:
+            self.peak, self.peak_gradients = self.now, self._bytes[_GRADIENT]
 
-    def _free(self, key: int, size: int, is_weight_copy: bool) -> None:
-        self._alive.discard(key)
+    def _free(self, key: int, size: int) -> None:
         self.now -= size
-        self.weight_copies -= size * is_weight_copy
+        self._bytes[self._alive.pop(key)] -= size
 
 
 class ActivationsNowhere(saved_tensors_hooks):

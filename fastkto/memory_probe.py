@@ -45,7 +45,7 @@ WITH_MASKS = ("eager", "sdpa")
 
 
 class PassBytes(NamedTuple):
-    """Bytes of a pass beyond what was there before it; all but `kept` and its part are peaks."""
+    """Bytes of a pass beyond what was there before it: peaks, `kept`, and parts of others."""
 
     forward: int
     kept: int  # from the end of the forward to the backward
@@ -53,11 +53,16 @@ class PassBytes(NamedTuple):
     scoring: int  # what the head adds in the forward, with what it keeps for the backward
     head: int  # until the head's backward is done, with what is kept
     backward: int  # from then on, with what is kept
+    end: int  # from when the embedding's gradient is made
+    # Of these three: gradients of the head and the embedding that are not in the weights' yet.
+    head_gradients: int
+    backward_gradients: int
+    end_gradients: int
 
     @property
     def peak(self) -> int:
         """The most at any time."""
-        return max(self.forward, self.kept, self.head, self.backward)
+        return max(self.forward, self.kept, self.head, self.backward, self.end)
 
     def plus(self, other: PassBytes, *, minus: PassBytes, times: int) -> PassBytes:
         """`self + times * (other - minus)`, field by field."""
@@ -152,27 +157,41 @@ def _measure_pass(
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
                 known.append(parameter.grad)
+    peaks: list[tuple[int, int]] = []  # of the backward's parts
     with shortcuts(), LiveBytes(known) as live, torch.set_grad_enabled(gradient):
+
+        def end_part(_: Tensor) -> None:
+            peaks.append(live.restart_peak())
+
+        def watch(module: nn.Module, inputs: Any, embedded: Tensor) -> None:
+            if embedded.requires_grad:
+                embedded.register_hook(end_part)
+
         with ExitStack() as stack:
+            embedding: Any = _causal_lm(model).get_input_embeddings()
+            stack.callback(embedding.register_forward_hook(watch).remove)
             if settings.autocast is not None:
                 stack.enter_context(torch.autocast("cpu", settings.autocast))
             if settings.activation_offloading:
                 stack.enter_context(ActivationsNowhere())
             outputs = _decode(model, shape, settings)
-            decoder, decoded = live.restart_peak(), live.now
+            decoder, decoded = live.restart_peak()[0], live.now
             loss, hidden, unmeasured = _score(model, outputs, settings)
             del outputs
-        head_forward = live.restart_peak()
+        head_forward, _ = live.restart_peak()
         forward, scoring = max(decoder, head_forward), head_forward - decoded
         kept, weight_copies = live.now, live.weight_copies
         if not gradient:
-            return PassBytes(forward, 0, 0, scoring, 0, 0)
-        head: list[int] = []
-        hidden.register_hook(lambda _: head.append(live.restart_peak()))
+            return PassBytes(forward, 0, 0, scoring, 0, 0, 0, 0, 0, 0)
+        hidden.register_hook(end_part)
         del hidden
         loss.backward()
-        backward = live.peak
-    return PassBytes(forward, kept, weight_copies, scoring, head[0] + unmeasured, backward)
+        peaks.append(live.restart_peak())
+    nothing = (0, 0)  # where the embedding's output needs no gradient
+    (head, backward, end), gradients = zip(*[*peaks, nothing][:3], strict=True)
+    return PassBytes(
+        forward, kept, weight_copies, scoring, head + unmeasured, backward, end, *gradients
+    )
 
 
 def _decode(model: nn.Module, shape: tuple[int, int], settings: ProbeSettings) -> Any:

@@ -22,6 +22,7 @@ def trainer_of(
 ) -> KTOTrainer:
     """A trainer of 6 million parameters whose rows have LENGTH tokens, a pass to each row.
 
+    model: arguments of `tiny_model` that differ.
     lora: an adapter, on all linear layers but the head or on those that are named.
     """
     tokenizer = tiny_tokenizer()
@@ -29,15 +30,20 @@ def trainer_of(
         {"prompt": "p" * 32, "completion": "c" * LENGTH, "label": index % 2 == 0}
         for index in range(4)
     ]
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3, "head_dim": 64}
-    values = {"gradient_checkpointing": False, "bf16": False, "report_to": "none"} | fields
+    defaults: dict[str, Any] = {"family": "llama", "vocab_size": 8000, "tied": False}
+    defaults |= {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 3,
+        "head_dim": 64,
+    }
+    values: dict[str, Any] = {"gradient_checkpointing": False, "bf16": False, "report_to": "none"}
+    values |= {"max_tokens_per_pass": LENGTH, "per_device_train_batch_size": 2, **fields}
     args = KTOConfig(
         str(folder),
         use_cpu=True,
-        per_device_train_batch_size=2,
         per_device_eval_batch_size=2,
         max_length=LENGTH,
-        max_tokens_per_pass=LENGTH,
         head_memory_mib=HEAD_MIB,
         max_steps=2,
         save_strategy="no",
@@ -47,7 +53,7 @@ def trainer_of(
     )
     dataset = Dataset.from_list(rows)
     return KTOTrainer(
-        model=tiny_model("llama", vocab_size=8000, **(sizes | {"tied": False} | (model or {}))),
+        model=tiny_model(**defaults | (model or {})),
         args=args,
         train_dataset=dataset,
         eval_dataset=dataset.select(range(2)),

@@ -2,13 +2,20 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoConfig
 
 from fastkto.cli import main
 from fastkto.cli.plan import PlanParser, parse_memory
-from tests.cli_files import save_model
+from fastkto.cli.plan_model import plan_estimator, releases_reference
+from fastkto.cli.plan_options import smaller_settings
+from fastkto.cli.train import build_trainer
+from fastkto.memory import MemoryEstimator
+from fastkto.reference import ReleasedReference
+from tests.cli_files import save_model, write_rows
+from tests.memory_truth import trainer_of
 from tests.models import tiny_model
 
 
@@ -43,8 +50,94 @@ def test_the_rows_add_up_to_the_total(capsys: pytest.CaptureFixture[str], model:
     numbers.pop("memory", None)
     assert total == pytest.approx(sum(numbers.values()), abs=0.05)
     assert {"weights", "gradients", "optimizer state", "reference model"} < set(numbers)
+    assert numbers["caches (none on the device)"] == 0
     assert all(len(line) <= 100 for line in output.splitlines())
     assert "Not counted: the CUDA context" in output
+
+
+ADAPTER = ["--use_peft", "--lora_target_modules=all-linear"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [[], ADAPTER, ["--dtype=bfloat16", "--bf16"], [*ADAPTER, "--ref_model=MODEL", "--bf16"]],
+)
+def test_the_plan_is_that_of_the_trainer_which_loads_the_model(
+    tmp_path: Path, flags: list[str]
+) -> None:
+    folder = save_model(tmp_path / "model")
+    flags = [flag.replace("MODEL", folder) for flag in flags]
+    flags += [f"--output_dir={tmp_path}", "--use_cpu", "--report_to=none", "--memory=1GB"]
+    data = ["--data", write_rows(tmp_path / "rows.jsonl")]
+    arguments = PlanParser().parse_plan(["--model", folder, *data, *flags])[0]
+    planned = plan_estimator(arguments, 1)
+    trainer = build_trainer(arguments)
+    loaded = MemoryEstimator(
+        trainer.model, trainer.step_settings.args, reference=trainer.reference.model
+    )
+    assert planned.run(256, 512) == loaded.run(256, 512)
+
+
+def test_gradients_of_a_tied_head_have_a_row(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiny_model("llama", tied=True, vocab_size=500_000).config.save_pretrained(tmp_path)
+    flags = ["--model", str(tmp_path), "--memory=8g", "--max_length=256", "--use_cpu"]
+    numbers = rows(planned(capsys, *flags).partition("one pass of")[0])
+    row = "gradients of head and embedding, not added up yet"
+    assert numbers[row] == pytest.approx(3 * numbers["gradients"], rel=0.1)
+    assert row not in rows(planned(capsys, *flags, *ADAPTER))
+
+
+RELEASED = [
+    ({}, True),
+    ({"train_sampling_strategy": "random"}, False),
+    ({"train_sampling_strategy": "random", "loss_type": "apo_zero_unpaired"}, True),
+    ({"auto_find_batch_size": True}, False),
+    ({"precompute_ref_log_probs": False}, False),
+]
+
+
+@pytest.mark.parametrize(("fields", "released"), RELEASED)
+def test_the_reference_is_released_where_the_run_releases_it(
+    tmp_path: Path, fields: dict[str, Any], released: bool
+) -> None:
+    fields = {"precompute_ref_log_probs": True, **fields}
+    if fields["precompute_ref_log_probs"]:
+        fields["reference_cache"] = str(tmp_path / "cache")
+    trainer = trainer_of(tmp_path, model={"hidden_size": 32, "num_hidden_layers": 1}, **fields)
+    assert releases_reference(trainer.args) is released
+    trainer.train()
+    assert isinstance(trainer.reference.model, ReleasedReference) is released
+
+
+def test_a_precomputed_reference_is_no_row_and_an_option(
+    capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    flags = ["--model", model, "--memory=1GB", "--max_length=256", "--max_tokens_per_pass=256"]
+    arguments, _ = PlanParser().parse_plan(flags)
+    before = plan_estimator(arguments, 1).run(256, 256)
+    settings = {
+        setting.flags: setting for setting in smaller_settings(arguments, 1, 10**9, before.total)
+    }
+    output = planned(capsys, *flags[:2], "--memory=24GB", *flags[3:], "--precompute_ref_log_probs")
+    assert "reference model" not in output
+    total = settings["--precompute_ref_log_probs"].total
+    assert total == before.total - before.reference
+    assert rows(output)["total"] == pytest.approx(total / 2**30, abs=0.01)
+
+
+def test_the_scores_of_a_reference_may_need_the_most(
+    capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    flags = ["--model", model, "--memory=8g", "--max_length=256", *ADAPTER, "--ref_model", model]
+    output = planned(capsys, *flags, "--precompute_ref_log_probs").partition("one pass of")[0]
+    numbers = rows(output)
+    total = numbers.pop("total")
+    assert numbers["reference model"] == pytest.approx(numbers["weights"], rel=0.1)
+    assert "peak on top, while the reference's scores are computed" in numbers
+    assert "optimizer state" not in numbers
+    assert total == pytest.approx(sum(numbers.values()) - numbers.pop("memory", 0), abs=0.03)
 
 
 def test_an_adapter_needs_no_reference_and_says_what_it_trains(
@@ -140,6 +233,7 @@ def sentence(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--memory=80XB"], "--memory: '80XB' is no size"),
         (["--memory=0GB"], "--memory: '0GB' is nothing"),
         (["--memory=8g", "--num_processes=0"], "--num_processes is 0; it must be 1 or more"),
+        (["--memory=8g", "--deepspeed=z.json"], "--deepspeed is 'z.json', and what ZeRO divides"),
         (["--memory=8g"], "--model is missing; give a model's folder or its id on the hub"),
         (["--memry=8g"], "there is no flag --memry; did you mean --memory? (fastkto plan --help"),
         (["--memory=8g", "--model=./none"], "--model: there is no folder ./none"),

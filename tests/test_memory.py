@@ -36,6 +36,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
     },
     "eager attention": {"model": {"attn_implementation": "eager", "num_hidden_layers": 2}},
+    "experts": {"model": {"family": "mixtral"}},
+    "bf16 weights": {"model": {"dtype": torch.bfloat16}},
+    "several rows in a pass": {
+        "max_tokens_per_pass": 2 * LENGTH,
+        "per_device_train_batch_size": 4,
+    },
 }
 
 
@@ -53,7 +59,7 @@ def estimator_of(trainer: Any) -> MemoryEstimator:
 )
 def test_a_run_needs_what_is_estimated(tmp_path: Path, name: str) -> None:
     trainer = trainer_of(tmp_path, **RUNS[name])
-    memory = estimator_of(trainer).run(LENGTH, LENGTH)
+    memory = estimator_of(trainer).run(LENGTH, trainer.step_settings.args.grad_tokens)
     trainer.evaluate()  # the head is checked once, with logits
     peak = measured_peak(trainer.train)
     assert peak > 10 * 2**20
@@ -121,6 +127,39 @@ def test_frozen_weights_are_kept_as_low_precision_copies() -> None:
     copies = probe.measure(1, 64, gradient=True).weight_copies
     assert copies == 2 * sum(linear.weight.numel() for linear in linears)
     assert probe.measure(1, 64, gradient=True, checkpointing=True).weight_copies == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_head_and_embedding_are_counted_apart(tied: bool) -> None:
+    model = tiny_model("llama", vocab_size=4000, num_hidden_layers=4, tied=tied)
+    size = 4 * model.get_input_embeddings().weight.numel()
+    found = PassProbe(model, ProbeSettings(head_memory_mib=1)).measure(1, 64, gradient=True)
+    assert found.head_gradients == size
+    # a tied head's waits for the embedding's, and autograd adds the two up into a third
+    assert found.backward_gradients == tied * size
+    assert found.end_gradients == (3 * size if tied else size)
+    assert found.kept + found.head_gradients < found.head
+    model.get_input_embeddings().weight.requires_grad_(False)
+    model.get_output_embeddings().weight.requires_grad_(False)
+    found = PassProbe(model, ProbeSettings(head_memory_mib=1)).measure(1, 64, gradient=True)
+    assert found.head_gradients == found.backward_gradients == found.end_gradients == 0
+
+
+def test_a_released_reference_counts_until_its_scores_are_there(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    args = KTOConfig(str(tmp_path), use_cpu=True, head_memory_mib=1)
+    stays, released = (
+        MemoryEstimator(model, args, reference=model, deployment=deployment).run(64)
+        for deployment in (Deployment(), Deployment(releases_reference=True))
+    )
+    assert stays.filling == stays.before_training == 0
+    assert released.lasting == stays.lasting - stays.reference
+    assert released.filling == released.no_gradient_pass.peak
+    assert released.before_training == 2 * released.weights + released.filling
+    model.requires_grad_(False)  # as under an adapter: the most is there while the cache is filled
+    deployment = Deployment(releases_reference=True)
+    frozen = MemoryEstimator(model, args, reference=model, deployment=deployment).run(64)
+    assert frozen.total == frozen.before_training > frozen.lasting + frozen.working
 
 
 def test_processes_copy_gradients_and_shards_divide_what_stays(tmp_path: Path) -> None:

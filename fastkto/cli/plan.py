@@ -35,6 +35,15 @@ class Target(NamedTuple):
     processes: int
 
 
+class Peak(NamedTuple):
+    """What comes on top of what stays, in bytes, and parts of it."""
+
+    size: int
+    where: str
+    kept: int = 0  # for the backward
+    gradients: int = 0  # of the head and the embedding, before they are added to the weights'
+
+
 class PlanParser(TrainParser):
     """The arguments of `fastkto train`, and the device."""
 
@@ -63,6 +72,12 @@ class PlanParser(TrainParser):
         processes = values.num_processes
         if processes < 1:
             raise CommandError(f"--num_processes is {processes}; it must be 1 or more")
+        if values.deepspeed is not None:
+            raise CommandError(
+                f"--deepspeed is {values.deepspeed!r}, and what ZeRO divides and copies is not "
+                "planned; leave it out, or plan with --fsdp, which divides weights, gradients, "
+                "optimizer state and reference by the processes"
+            )
         target = Target(_memory(values.memory), processes)
         if not torch.cuda.is_available() and not values.use_cpu:
             # A GPU's default, which TrainingArguments refuses on a machine without one.
@@ -156,35 +171,41 @@ def _facts(
 
 def _needs(memory: RunMemory, target: Target) -> str:
     """What stays and what the peak adds to it; the rows add up to the total."""
-    largest = memory.gradient_pass
-    copies = largest.weight_copies
+    peak = _peak(memory)
+    is_filling = memory.total == memory.before_training
+    copies = memory.gradient_pass.weight_copies if peak.kept else 0
     rows = [
         ("weights", memory.weights),
         ("weights gathered or unpacked for use", memory.unpacked),
-        ("gradients", memory.gradients),
+        ("gradients", 0 if is_filling else memory.gradients),
         ("gradient buckets of DistributedDataParallel", memory.buckets),
-        ("optimizer state", memory.optimizer),
-        ("reference model", memory.reference),
-        ("activations kept for the backward", largest.kept - copies),
+        ("optimizer state", 0 if is_filling else memory.optimizer),
+        ("reference model", 0 if memory.filling and not is_filling else memory.reference),
+        ("activations kept for the backward", peak.kept - copies),
         ("low-precision copies of weights, kept too", copies),
-        (f"peak on top, {_where(memory)}", memory.working - largest.kept),
+        ("gradients of head and embedding, not added up yet", peak.gradients),
+        (f"peak on top, {peak.where}", peak.size - peak.kept - peak.gradients),
     ]
     lines = [_row(name, size) for name, size in rows if size > 0]
+    lines.append(_row("caches (none on the device)", 0))
     total = _row("total", memory.total)
     share = f"   {memory.total / target.memory:.0%} of {target.memory / GIB:.2f} GiB"
     return "\n".join([_row("the run", "GiB"), *lines, "  " + "-" * (WIDTH + 10), total + share])
 
 
-def _where(memory: RunMemory) -> str:
-    largest = memory.gradient_pass
-    places = {
-        "in the head": largest.head,
-        "in a layer's backward": largest.backward,
-        "in the forward": largest.forward,
-        "in a pass without gradient": memory.no_gradient_pass.peak,
-        "in the optimizer's step": memory.optimizer_step,
-    }
-    return max(places, key=lambda place: places[place])
+def _peak(memory: RunMemory) -> Peak:
+    if memory.total == memory.before_training:
+        return Peak(memory.filling, "while the reference's scores are computed")
+    largest, kept = memory.gradient_pass, memory.gradient_pass.kept
+    peaks = [
+        Peak(largest.head, "in the head", kept, largest.head_gradients),
+        Peak(largest.backward, "in a layer's backward", kept, largest.backward_gradients),
+        Peak(largest.end, "in the embedding's backward", gradients=largest.end_gradients),
+        Peak(largest.forward, "in the forward", kept),
+        Peak(memory.no_gradient_pass.peak, "in a pass without gradient"),
+        Peak(memory.optimizer_step, "in the optimizer's step"),
+    ]
+    return max(peaks)
 
 
 def _passes(estimator: MemoryEstimator, memory: RunMemory, length: int) -> str:

@@ -42,6 +42,8 @@ def plan_estimator(arguments: Arguments, processes: int) -> MemoryEstimator:
         base = policy.get_base_model()
         base.is_loaded_in_4bit, base.is_loaded_in_8bit = model.load_in_4bit, model.load_in_8bit
         prepare_adapter(policy, args)
+    if args.disable_dropout:  # the adapter's too
+        disable_dropout(policy)
     return MemoryEstimator(
         policy, args, reference=reference, deployment=_deployment(model, args, processes)
     )
@@ -65,17 +67,21 @@ def meta_model(name: str, revision: str, model: ModelArguments, args: KTOConfig)
         )
     if attention is not None:  # which need not be installed here
         built.config._attn_implementation = attention
-    if args.disable_dropout:
-        disable_dropout(built)
     return built
 
 
+def releases_reference(args: KTOConfig) -> bool:
+    """Whether the run releases a second model before the first step, as `fastkto.precompute` does.
+
+    Data of the command line always has a length.
+    """
+    pairs_are_known = args.train_sampling_strategy == "sequential" or not args.needs_partners
+    return args.precompute_ref_log_probs and pairs_are_known and not args.auto_find_batch_size
+
+
 def _deployment(model: ModelArguments, args: KTOConfig, processes: int) -> Deployment:
-    sharded = bool(args.fsdp) and processes > 1
+    size = BYTES_OF_8_BIT if model.load_in_8bit else None
     if model.load_in_4bit:
-        nested = model.use_bnb_nested_quant
-        size = BYTES_OF_NESTED_4_BIT if nested else BYTES_OF_4_BIT
-        return Deployment(processes, sharded, size)
-    if model.load_in_8bit:
-        return Deployment(processes, sharded, BYTES_OF_8_BIT)
-    return Deployment(processes, sharded)
+        size = BYTES_OF_NESTED_4_BIT if model.use_bnb_nested_quant else BYTES_OF_4_BIT
+    sharded = bool(args.fsdp) and processes > 1
+    return Deployment(processes, sharded, size, releases_reference(args))

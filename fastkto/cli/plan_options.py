@@ -73,6 +73,9 @@ def _options(arguments: Arguments) -> Iterator[_Option]:
     """What could be changed, beginning with what costs least in time and in what is trained."""
     model, args = arguments.model, arguments.training
     budget, length = pass_budget(args), args.max_length
+    has_reference = model.ref_model is not None or not model.use_peft
+    if has_reference and not args.precompute_ref_log_probs and not args.sync_ref_model:
+        yield _Option("--precompute_ref_log_probs", {}, {"precompute_ref_log_probs": True})
     if budget is not None and length is not None and budget > length:
         yield _Option(f"--max_tokens_per_pass {length}", {}, {"max_tokens_per_pass": length})
     if not args.gradient_checkpointing:
