@@ -12,6 +12,7 @@ from fastkto.loss import kto_loss
 if TYPE_CHECKING:
     from fastkto.config import KTOConfig
     from fastkto.data.batch import KTOCollator
+    from fastkto.data.images import ImageCollator
     from fastkto.data.rows import prepare_rows
     from fastkto.head import attach_scoring
     from fastkto.loop import completion_logprobs, estimate_kl, reward_metrics, score_completions
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "ImageCollator",
     "KTOCollator",
     "KTOConfig",
     "KTOTrainer",
@@ -35,6 +37,7 @@ __all__ = [
 _MODULES = {
     "fastkto.config": ["KTOConfig"],
     "fastkto.data.batch": ["KTOCollator"],
+    "fastkto.data.images": ["ImageCollator"],
     "fastkto.data.rows": ["prepare_rows"],
     "fastkto.head": ["attach_scoring"],
     "fastkto.loop": ["completion_logprobs", "estimate_kl", "reward_metrics", "score_completions"],

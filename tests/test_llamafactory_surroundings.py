@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,14 @@ import pytest
 
 pytest.importorskip("llamafactory", reason="needs tests/llamafactory_environment.sh")
 
+from llamafactory.hparams import DataArguments, FinetuningArguments, ModelArguments
+from llamafactory.hparams.training_args import TrainingArguments
 from llamafactory.train.kto.trainer import CustomKTOTrainer as Theirs
 from llamafactory.train.trainer_utils import create_custom_optimizer
+from transformers import Seq2SeqTrainingArguments
 
 from fastkto.integrations.llamafactory import CustomKTOTrainer
+from tests.launch import ROOT
 from tests.llamafactory_runs import build, kto_rows, models
 from tests.models import tiny_tokenizer
 
@@ -87,3 +93,12 @@ def test_a_run_resumes_with_the_same_losses(tmp_path: Path) -> None:
     for one, other in zip(first.state.log_history, second.state.log_history, strict=True):
         if "loss" in one:
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+
+
+def test_the_page_names_every_field() -> None:
+    page = (ROOT / "docs" / "from-llama-factory.md").read_text()
+    named = set(re.findall(r"`([a-z_0-9]+)`", page))
+    kinds = (DataArguments, FinetuningArguments, ModelArguments, TrainingArguments)
+    own = {one.name for kind in kinds for one in fields(kind)}
+    own -= {one.name for one in fields(Seq2SeqTrainingArguments)}
+    assert own and own <= named, sorted(own - named)
