@@ -47,7 +47,7 @@ def _advice(facts: PassFacts) -> str:
     args = facts.args
     if len(facts.lengths) > 1:
         if args is None:
-            return "Lower max_tokens_per_pass; passes without gradient hold twice as many tokens"
+            return "Lower max_tokens_per_pass; passes without gradient hold up to twice as many"
         if facts.tokens > args.grad_tokens:
             return (
                 "Lower the batch size: compute_loss is overridden, so a batch is one pass whatever "
