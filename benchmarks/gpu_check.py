@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -138,6 +139,7 @@ def run_part(part: Part, output: Path, limit_s: float) -> Outcome:
             stdout=file,
             stderr=subprocess.STDOUT,
             process_group=0,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a job may ignore it
         )
         status = wait(process, limit_s)
     if part.keeps_times and times.exists() and not times.stat().st_size:

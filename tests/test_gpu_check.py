@@ -34,6 +34,12 @@ BODIES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def not_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-benchmark measures nothing in a worker of pytest-xdist, nor in what one starts."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 def run_body(folder: Path, name: str, limit_s: float = 120.0, **fields: Any) -> Outcome:
     path = folder / "test_body.py"
     path.write_text(BODIES[name])
