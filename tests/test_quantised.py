@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trl
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
+import fastkto
 from fastkto import KTOConfig, KTOTrainer
 from tests.models import tiny_model, tiny_tokenizer
+from tests.short_run import SHORT_RUN
 from tests.trl_runs import text_rows
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "initializer_range": 0.1}
@@ -46,3 +50,31 @@ def test_adapter_on_quantised_weights_learns_before_and_after_an_evaluation(
     assert [log["grad_norm"] > 0 for log in steps] == [True, True]
     evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
     assert evaluations[0]["eval_loss"] != evaluations[1]["eval_loss"]
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_losses_are_trls(bits: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    tiny_model("llama", seed=1, **SIZES).save_pretrained(path)
+    settings = SHORT_RUN | {"max_steps": 3, "gradient_checkpointing": False, "bf16": False}
+
+    def logs(library: Any) -> list[dict[str, float]]:
+        trainer = library.KTOTrainer(
+            model=str(path),
+            args=library.KTOConfig(output_dir=str(tmp_path / library.__name__), **settings),
+            train_dataset=text_rows(16),
+            processing_class=tiny_tokenizer(),
+            quantization_config=BitsAndBytesConfig(**{bits: True}),
+            peft_config=LoraConfig(
+                r=4,
+                target_modules=["q_proj", "v_proj"],
+                init_lora_weights=False,
+                task_type="CAUSAL_LM",
+            ),
+        )
+        trainer.train()
+        return [log for log in trainer.state.log_history if "loss" in log]
+
+    for theirs, ours in zip(logs(trl), logs(fastkto), strict=True):
+        for name in theirs.keys() & {"loss", "kl", "rewards/chosen", "logps/rejected"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-3), name
