@@ -78,6 +78,7 @@ def test_the_plan_is_that_of_the_trainer_which_loads_the_model(
     assert planned.run(256, 512) == loaded.run(256, 512)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_tied_head_have_a_row(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -111,6 +112,7 @@ def test_the_reference_is_released_where_the_run_releases_it(
     assert isinstance(trainer.reference.model, ReleasedReference) is released
 
 
+@pytest.mark.slow
 def test_a_precomputed_reference_is_no_row_and_an_option(
     capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
@@ -127,6 +129,7 @@ def test_a_precomputed_reference_is_no_row_and_an_option(
     assert rows(output)["total"] == pytest.approx(total / 2**30, abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_scores_of_a_reference_may_need_the_most(
     capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
@@ -304,6 +307,7 @@ def test_a_saved_model_is_not_read(capsys: pytest.CaptureFixture[str], tmp_path:
     assert f"{size:,} parameters, all trainable" in output
 
 
+@pytest.mark.slow
 def test_auto_plans_the_largest_pass_that_fits(
     capsys: pytest.CaptureFixture[str], model: str
 ) -> None:

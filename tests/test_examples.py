@@ -68,6 +68,7 @@ def test_loops_of_ones_own_train(
     assert any(not trained[key].equal(weight) for key, weight in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gigabytes", [16, 24, 80])
 def test_the_cards_configurations_fit_by_the_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], gigabytes: int
@@ -134,6 +135,7 @@ def test_the_docs_launch_every_wrapping_on_one_machine_and_on_two(
     assert sorted(launched) == [(kind, machines) for kind in wrappings for machines in (1, 2)]
 
 
+@pytest.mark.slow
 def test_the_launch_line_for_two_machines_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

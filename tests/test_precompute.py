@@ -286,7 +286,7 @@ def test_evaluation_alone_uses_the_cache(tmp_path: Path) -> None:
 # ---- Two ranks, of which one finds its rows ----
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+@pytest.fixture(scope="module", params=[pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def two_ranks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Any]]:
