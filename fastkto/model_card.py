@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
+import fastkto
+
 if TYPE_CHECKING:
     from fastkto.trainer import KTOTrainer
 
@@ -71,7 +73,7 @@ def model_card(
     of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else model_type
     on = f" on [{dataset_name}](https://huggingface.co/datasets/{dataset_name})"
     on = on if dataset_name else ""
-    packages = ("fastkto", "transformers", "torch", "peft", "datasets")
+    packages = ("transformers", "torch", "peft", "datasets")
     return ModelCard(
         _TEXT.format(
             data=data.to_yaml(),
@@ -79,6 +81,7 @@ def model_card(
             id=trainer.hub_model_id or name,
             origin=f"A fine-tuned version of {of}{on}.",
             settings="\n".join(f"| {key} | {value} |" for key, value in _settings(trainer)),
+            fastkto=fastkto.__version__,  # also where it is on the path and not installed
             **{package: version(package) for package in packages},
         ),
         ignore_metadata_errors=True,
