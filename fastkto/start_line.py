@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class StartLine(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        for name, report in self.trainer.row_reports.items():
-            sys.stderr.write(f"{name} data: {report.classes}; {report.losses}\n")
-        sys.stderr.write(f"reference: {self.trainer.reference.description}\n")
+        reports = self.trainer.row_reports.items()
+        lines = [f"{name} data: {report.classes}; {report.losses}" for name, report in reports]
+        lines.append(f"reference: {self.trainer.reference.description}")
+        tqdm.write("\n".join(lines), file=sys.stderr)  # above the progress bar, if there is one
