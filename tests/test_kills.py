@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -9,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,37 +34,48 @@ PHASES: dict[str, tuple[Any, str, float]] = {
 }
 
 
-def start(argv: list[str], phase: str | None = None, skip: int = 0) -> tuple[int, int]:
-    """Run the command line in a copy of this process: (its id, a pipe).
+PATIENCE = 300  # seconds that anything here may take
 
-    A byte comes through the pipe when `phase` begins for the time `skip`.
+
+class Run:
+    """The command line in a process of its own, which says when `phase` begins for time `skip`.
+
+    The process is a copy of one that has only loaded the libraries. A copy of this one could wait
+    forever for a lock that a thread of another test held.
     """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(writer)
-        return child, reader
-    status = 1
-    try:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        torch.set_num_threads(1)
-        if phase is not None:
-            owner, name, _ = PHASES[phase]
-            setattr(owner, name, announced(getattr(owner, name), writer, skip))
-        status = main(argv)
-    finally:
-        os._exit(status)
+
+    def __init__(self, argv: list[str], phase: str | None = None, skip: int = 0) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self.phase_begins, writer = context.Pipe(duplex=False)
+        self.process = context.Process(target=run, args=(argv, writer, phase, skip), daemon=True)
+        self.process.start()
+        writer.close()
+
+    def exit_status(self) -> int:
+        self.process.join(PATIENCE)
+        assert self.process.exitcode is not None, f"the run did not end in {PATIENCE} s"
+        return self.process.exitcode
 
 
-def announced(function: Callable[..., Any], writer: int, skip: int) -> Callable[..., Any]:
+def run(argv: list[str], writer: Connection, phase: str | None, skip: int) -> None:
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    torch.set_num_threads(1)
+    if phase is not None:
+        owner, name, _ = PHASES[phase]
+        setattr(owner, name, announced(getattr(owner, name), writer, skip))
+    os._exit(main(argv))
+
+
+def announced(function: Callable[..., Any], writer: Connection, skip: int) -> Callable[..., Any]:
     calls = 0
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         if calls == skip:
-            os.write(writer, b"x")
+            writer.send(None)
         calls += 1
         return function(*args, **kwargs)
 
@@ -71,15 +84,16 @@ def announced(function: Callable[..., Any], writer: int, skip: int) -> Callable[
 
 def kill_in(phase: str, argv: list[str], generator: random.Random) -> None:
     """Start a run and end it with SIGKILL at a random moment of the phase."""
-    child, reader = start(argv, phase, skip=generator.randrange(3))
+    killed = Run(argv, phase, skip=generator.randrange(3))
+    assert killed.phase_begins.poll(PATIENCE), f"no {phase} began in {PATIENCE} s"
     try:
-        assert os.read(reader, 1) == b"x", f"the run ended before it came to its {phase}"
-        time.sleep(generator.uniform(0, PHASES[phase][2]))
-        os.kill(child, signal.SIGKILL)
-    finally:
-        _, status = os.waitpid(child, 0)
-        os.close(reader)
-    assert os.WIFSIGNALED(status), f"the run ended in the {phase} before it was killed"
+        killed.phase_begins.recv()
+    except EOFError:
+        pytest.fail(f"the run ended before it came to its {phase}")
+    time.sleep(generator.uniform(0, PHASES[phase][2]))
+    killed.process.kill()
+    status = killed.exit_status()
+    assert status == -signal.SIGKILL, f"the run ended in the {phase} before it was killed"
 
 
 def training_logs(output_dir: Path) -> list[dict[str, float]]:
@@ -87,9 +101,15 @@ def training_logs(output_dir: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in log.items() if not any(t in k for t in TIMES)} for log in logs]
 
 
+@pytest.fixture
+def modules_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server of processes looks for what it preloads where this process does."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(part for part in sys.path if part))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_killed_runs_go_on(tmp_path: Path) -> None:
+def test_killed_runs_go_on(tmp_path: Path, modules_found: None) -> None:
     model = save_model(tmp_path / "model")
     argv = ["train", "--model", model]
     argv += ["--data", write_rows(tmp_path / "rows.jsonl", text_rows(STEPS * 4).to_list())]
@@ -100,9 +120,7 @@ def test_killed_runs_go_on(tmp_path: Path) -> None:
     def arguments(name: str) -> list[str]:
         return [*argv, f"--output_dir={tmp_path / name}", f"--reference_cache={tmp_path / name}c"]
 
-    child, reader = start(arguments("whole"))
-    assert os.waitpid(child, 0)[1] == 0
-    os.close(reader)
+    assert Run(arguments("whole")).exit_status() == 0
 
     generator = random.Random(0)
     killed = tmp_path / "killed"
@@ -115,9 +133,7 @@ def test_killed_runs_go_on(tmp_path: Path) -> None:
             resume = [] if checkpoint is None else ["--resume_from_checkpoint"]
             kill_in(phase, [*arguments("killed"), *resume], generator)
     resume = ["--resume_from_checkpoint"] if last_whole_checkpoint(killed) else []
-    child, reader = start([*arguments("killed"), *resume])
-    assert os.waitpid(child, 0)[1] == 0
-    os.close(reader)
+    assert Run([*arguments("killed"), *resume]).exit_status() == 0
 
     expected, logs = training_logs(tmp_path / "whole"), training_logs(killed)
     assert [log["step"] for log in logs] == list(range(1, STEPS + 1))
@@ -127,7 +143,7 @@ def test_killed_runs_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_two_runs_share_a_cache(tmp_path: Path) -> None:
+def test_two_runs_share_a_cache(tmp_path: Path, modules_found: None) -> None:
     """At the same time, from the first score on."""
     argv = ["train", "--model", save_model(tmp_path / "model")]
     argv += ["--data", write_rows(tmp_path / "rows.jsonl", text_rows(32).to_list())]
@@ -135,10 +151,8 @@ def test_two_runs_share_a_cache(tmp_path: Path) -> None:
     argv += ["--per_device_train_batch_size=4", f"--reference_cache={tmp_path / 'cache'}"]
     argv += ["--report_to=none", "--save_strategy=no", "--learning_rate=1e-3"]
     names = ("one", "other")
-    children = [start([*argv, f"--output_dir={tmp_path / name}"]) for name in names]
-    for child, reader in children:
-        assert os.waitpid(child, 0)[1] == 0
-        os.close(reader)
+    runs = [Run([*argv, f"--output_dir={tmp_path / name}"]) for name in names]
+    assert [one.exit_status() for one in runs] == [0, 0]
     first, second = (training_logs(tmp_path / name) for name in names)
     assert len(first) == 8
     for log, other in zip(first, second, strict=True):
