@@ -9,7 +9,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from fastkto.config_check import check_config
 from fastkto.data.batch import TRUNCATION_MODES
-from fastkto.data.pairing import KL_PAIRINGS
+from fastkto.data.pairing import DATASET_PAIRING, KL_PAIRINGS
 from fastkto.logprob import DEFAULT_HEAD_MEMORY_MIB
 from fastkto.loss import LOSS_TYPES
 from fastkto.metrics import METRICS
@@ -159,8 +159,10 @@ class KTOConfig(TrainingArguments):
         default="rotate",
         metadata={
             "help": "The completion a prompt is paired with for the KL estimate. 'rotate': that of "
-            "the row before, as in TRL. 'distinct': where possible, that of another prompt.",
-            "choices": list(KL_PAIRINGS),
+            "the row before in its batch, as TRL's in the order of the data. 'distinct': where "
+            "possible, that of another prompt. 'dataset': that of the row before in the data set, "
+            "in blocks of per_device_train_batch_size, exactly as in TRL.",
+            "choices": [*KL_PAIRINGS, DATASET_PAIRING],
         },
     )
     max_tokens_per_pass: int | str | None = field(

@@ -72,6 +72,11 @@ def _check_passes(args: KTOConfig) -> None:
             "nonfinite='nanmean' leaves rows out of their batch's mean, and kl_scope='window' "
             "has a mean over all batches of a step; use kl_scope='batch', or nonfinite='error'"
         )
+    if args.kl_pairing == "dataset" and args.per_device_train_batch_size == 1 and args.needs_kl:
+        raise ValueError(
+            "kl_pairing is 'dataset', which pairs rows in blocks of per_device_train_batch_size, "
+            "here of 1; use kl_pairing='rotate', or batches of 2 rows or more"
+        )
     if args.checkpoint_passes not in (None, "auto"):
         raise ValueError(
             f"checkpoint_passes is {args.checkpoint_passes!r}; choose 'auto', or leave it out"

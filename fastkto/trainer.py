@@ -31,6 +31,7 @@ from fastkto.data.batch import KTOCollator, check_batch
 from fastkto.data.images import COLUMNS as IMAGE_COLUMNS
 from fastkto.data.images import ImageCollator
 from fastkto.data.padded import RaggedCollator, from_padded, is_padded
+from fastkto.data.pairing import MISMATCHED_COLUMN
 from fastkto.data.prepare import COLUMNS, AnyDataset, prepare_data
 from fastkto.data.rows import RowReport
 from fastkto.evaluation_logits import logits_and_tokens
@@ -200,7 +201,7 @@ class KTOTrainer(Trainer):
         # by the accumulation steps a second time.
         self.model_accepts_loss_kwargs = False
         self.accelerator.gradient_accumulation_steps = 1
-        self._signature_columns = [*COLUMNS, *IMAGE_COLUMNS]
+        self._signature_columns = [*COLUMNS, MISMATCHED_COLUMN, *IMAGE_COLUMNS]
         # A subclass may do anything with the loss, so it gets one graph over the whole batch.
         overridden = self._overridden_methods()
         self._single_pass = bool(overridden)

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from fastkto.data.batch import split_rows
-from fastkto.data.pairing import pair
+from fastkto.data.pairing import DATASET_PAIRING, pair
 
 KL_SCOPES = ("batch", "window")
 
@@ -65,7 +65,8 @@ def pair_window(
 
     `kl_scope="batch"` pairs inside each micro-batch. `"window"` pairs over all rows of all
     micro-batches of all ranks; every rank must call this then, and they may have different numbers
-    of rows and of micro-batches. `kl_pairing` is one of `fastkto.data.pairing.KL_PAIRINGS`.
+    of rows and of micro-batches. `kl_pairing` is one of `fastkto.data.pairing.KL_PAIRINGS`, or
+    "dataset" for batches that bring their mismatched sequences: nobody gets a partner then.
 
     Only the first `counted[i]` rows of micro-batch i count (default: all of them). They are paired
     as if the others did not exist, and those get no partner.
@@ -104,6 +105,8 @@ def pair_window(
 
 def pair_places(facts: Facts, kl_scope: str, kl_pairing: str) -> Partners:
     """Each row's partner, the same on every rank; in the scope "batch" of one rank's rows only."""
+    if kl_pairing == DATASET_PAIRING:
+        return dict.fromkeys(sorted(facts))
     groups: dict[int, list[RowPlace]] = {}
     for place in sorted(facts):
         groups.setdefault(place.micro_batch if kl_scope == "batch" else 0, []).append(place)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastkto.data.batch import TokenSequence
+from fastkto.data.batch import TokenSequence, check_given_mismatched
+from fastkto.data.pairing import DATASET_PAIRING
 from fastkto.head_check import evaluating
 from fastkto.passes import move_index, sequence_logprobs
 from fastkto.plan_passes import Layout, Plan, computed_tokens, plan_passes
@@ -54,6 +55,9 @@ def pair_losses(
 ) -> list[BatchLoss]:
     """The losses of `score_window`, with nothing scored or planned yet."""
     args, accelerator = settings.args, settings.ranks.accelerator
+    if args.needs_kl and args.kl_pairing == DATASET_PAIRING:
+        for batch in batches:
+            check_given_mismatched(batch)
     window = pair_window(
         batches,
         kl_scope=args.kl_scope,

@@ -97,6 +97,10 @@ SETTINGS = [
     choice("loss_type", "dpo"),
     choice("kl_scope", "epoch"),
     choice("kl_pairing", "random"),
+    Bad(
+        "kl_pairing is 'dataset', which pairs rows in blocks",
+        {"kl_pairing": "dataset", "kl_scope": "window", "per_device_train_batch_size": 1},
+    ),
     choice("metrics", "best"),
     choice("nonfinite", "ignore"),
     choice("truncation_mode", "keep_middle"),

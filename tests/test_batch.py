@@ -21,14 +21,18 @@ from transformers import Trainer, TrainingArguments
 from trl import KTOTrainer as TRLTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
+from fastkto import KTOConfig
 from fastkto.data.batch import (
     KTOCollator,
     check_batch,
+    check_given_mismatched,
+    given_mismatched,
     matched_sequences,
     mismatched_sequences,
     prompt_key,
     split_rows,
 )
+from fastkto.data.prepare import prepare_data
 from fastkto.data.rows import prepare_rows
 from fastkto.window import pair_window
 from tests.models import tiny_model, tiny_tokenizer
@@ -118,6 +122,51 @@ def test_full_batches_and_their_pairs_are_those_of_trl(batch_size: int) -> None:
             assert mismatched == trl_sequences(other, "KL_")
             compared += len(mismatched)
     assert compared >= ROWS - 8  # some rows are dropped
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 21])
+def test_pairs_of_the_data_set_are_those_of_trl_in_any_order_and_batch(
+    batch_size: int, tmp_path: Path
+) -> None:
+    args = KTOConfig(
+        output_dir=str(tmp_path),
+        kl_pairing="dataset",
+        max_length=MAX_LENGTH,
+        per_device_train_batch_size=batch_size,
+    )
+    rows, _ = prepare_data(dataset(), "train", tiny_tokenizer(), args)
+    theirs = {}
+    for batch in trl_batches(batch_size):
+        own, other = trl_sequences(batch, ""), trl_sequences(batch, "KL_")
+        theirs |= {str(one): mismatched for one, mismatched in zip(own, other, strict=True)}
+    assert len(theirs) == len(rows) > 2 * 9
+    loader = DataLoader(rows.shuffle(seed=1), batch_size=3, collate_fn=KTOCollator(MAX_LENGTH))
+    for batch in loader:
+        given_ones = given_mismatched(batch, MAX_LENGTH)
+        for matched, mismatched in zip(sequences(batch)[0], given_ones, strict=True):
+            assert theirs[str(matched)] == (
+                mismatched.prompt.tolist(), mismatched.completion.tolist()
+            )  # fmt: skip
+
+
+def test_pairs_of_the_data_set_keep_their_end_if_rows_do(tmp_path: Path) -> None:
+    args = KTOConfig(
+        output_dir=str(tmp_path),
+        kl_pairing="dataset",
+        max_length=MAX_LENGTH,
+        truncation_mode="keep_end",
+        per_device_train_batch_size=ROWS,
+    )
+    rows, _ = prepare_data(dataset(), "train", tiny_tokenizer(), args)
+    batch = KTOCollator(MAX_LENGTH, "keep_end")(list(rows))
+    expected = sequences(batch)[1]
+    given_ones = given_mismatched(batch, MAX_LENGTH)
+    assert [(one.prompt.tolist(), one.completion.tolist()) for one in given_ones] == expected
+
+
+def test_pairs_of_the_data_set_have_to_be_in_a_batch() -> None:
+    with pytest.raises(ValueError, match="a batch of the data_collator has no kl_input_ids; use"):
+        check_given_mismatched(KTOCollator(MAX_LENGTH)(list(prepared())))
 
 
 def test_some_sequences_of_the_comparison_are_cut() -> None:

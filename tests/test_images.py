@@ -178,6 +178,7 @@ def test_data_sets_are_numbered_and_text_is_checked_at_once() -> None:
         (("chosen", "rejected"), {}, "has images and pairs of answers.*unpair_preference_dataset"),
         ((), {"train_sampling_strategy": "group_by_length"}, "is 'group_by_length', which needs"),
         ((), {"truncation_mode": "keep_end"}, "truncation_mode is 'keep_end', which would cut"),
+        ((), {"kl_pairing": "dataset"}, "kl_pairing is 'dataset', and the rows of the train data"),
         ((), {"max_tokens_per_pass": "auto"}, "max_tokens_per_pass is 'auto', which needs"),
     ],
 )

@@ -223,6 +223,29 @@ def test_pairs_in_evaluation_are_those_of_its_own_batches(tmp_path: Path) -> Non
     assert abs(ours["eval_kl"] - others["eval_kl"]) > 0.01
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"per_device_eval_batch_size": 2},
+        {"train_dataset": text_rows(13), "max_steps": 4},  # a batch of one row
+        {"train_dataset": text_rows(13).to_iterable_dataset(), "max_steps": 4},
+        {"precompute_ref_log_probs": True},
+        {"loss_type": APO},
+        {"gradient_accumulation_steps": 2},
+    ],
+    ids=["evaluation", "lone row", "stream", "precomputed", "APO", "accumulation"],
+)
+def test_equal_with_pairs_of_the_data_set(run: dict[str, Any], tmp_path: Path) -> None:
+    """Without a condition on batches: those of evaluation are smaller, the last may be one row."""
+    run = {**models(), "train_dataset": text_rows(), **run}
+    run |= {"eval_dataset": text_rows(7, seed=9), "per_device_eval_batch_size": 3}
+    ours = {"kl_pairing": "dataset", "reference_cache": None}
+    if "precompute_ref_log_probs" in run:
+        ours["reference_cache"] = str(tmp_path / "cache")
+    expected, actual = both(tmp_path, SMALL_PASSES | ours, **run)
+    assert_equal_logs(expected, actual, kl_used="loss_type" not in run)
+
+
 @pytest.mark.parametrize("reference", ["model", "adapter"])
 def test_equal_with_precomputed_reference(reference: str, tmp_path: Path) -> None:
     policy = {"model": tiny_model("llama", seed=0), "peft_config": lora()}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkto.data.media import Media, check_media
+from fastkto.data.pairing import DATASET_PAIRING, MISMATCHED_COLUMN
 
 _TENSORS = {"label": torch.bool, "input_ids": torch.int64}
 _LISTS = ("rows", "prompt_lengths", "completion_lengths", "prompt_keys")
@@ -41,6 +42,8 @@ class KTOCollator:
         prompt_lengths, completion_lengths: tokens of each row
         prompt_keys: `prompt_key` of each row's prompt; equal keys mean that one prompt is read for
             all their completions
+        kl_input_ids, kl_prompt_lengths, kl_completion_lengths, kl_prompt_keys (only if the rows
+            have a column "KL_completion_ids"): the same of each prompt and that completion
         truncation_mode: as given; a batch without it is cut as with "keep_start"
         media (only if a row has images): each row's `fastkto.data.media.Media`, or None
     Lists of integers and media stay on the CPU when the batch moves to a device, so that rows are
@@ -66,25 +69,33 @@ class KTOCollator:
                     f"a row has no {', '.join(missing)}; it has {', '.join(row) or 'no columns'}; "
                     "pass the data set through fastkto.data.rows.prepare_rows first"
                 )
+        batch: dict[str, Any] = {
+            "label": torch.tensor([row["label"] for row in rows], dtype=torch.bool),
+            **self._sequences(rows, "completion_ids"),
+            "rows": [row["row"] for row in rows],
+            "truncation_mode": self.truncation_mode,
+        }
+        if all(MISMATCHED_COLUMN in row for row in rows):
+            mismatched = self._sequences(rows, MISMATCHED_COLUMN)
+            batch |= {f"kl_{key}": value for key, value in mismatched.items()}
+        _check_lengths(batch, self.max_length)
+        return batch
+
+    def _sequences(self, rows: Sequence[dict[str, Any]], column: str) -> dict[str, Any]:
+        """The entries of `_SEQUENCE_KEYS` for each row's prompt and the completion in `column`."""
         prompts = [row["prompt_ids"] for row in rows]
         most = self.max_length
         kept = slice(most) if self.truncation_mode == "keep_start" else slice(-(most or 0), None)
-        completions = [row["completion_ids"][kept] for row in rows]
-        batch: dict[str, Any] = {
-            "label": torch.tensor([row["label"] for row in rows], dtype=torch.bool),
-            "input_ids": _flatten([*chain(*zip(prompts, completions, strict=True))]),
-            "rows": [row["row"] for row in rows],
-            "prompt_lengths": [len(ids) for ids in prompts],
-            "completion_lengths": [len(ids) for ids in completions],
-            "truncation_mode": self.truncation_mode,
-        }
+        completions = [row[column][kept] for row in rows]
         media = [row.get("media") for row in rows]
         keys = zip(prompts, media, strict=True)
-        batch["prompt_keys"] = [prompt_key(ids, images) for ids, images in keys]
-        if any(images is not None for images in media):
-            batch["media"] = media
-        _check_lengths(batch, self.max_length)
-        return batch
+        sequences = {
+            "input_ids": _flatten([*chain(*zip(prompts, completions, strict=True))]),
+            "prompt_lengths": [len(ids) for ids in prompts],
+            "completion_lengths": [len(ids) for ids in completions],
+            "prompt_keys": [prompt_key(ids, images) for ids, images in keys],
+        }
+        return {**sequences, "media": media} if any(one is not None for one in media) else sequences
 
 
 def prompt_key(prompt_ids: Sequence[int], media: Media | None = None) -> int:
@@ -141,6 +152,16 @@ def check_batch(batch: Any, max_length: int | None) -> None:
                 "prompts with equal keys are read once for all their completions; use "
                 "fastkto.data.batch.prompt_key(prompt_ids)"
             )
+
+
+def check_given_mismatched(batch: dict[str, Any]) -> None:
+    """Raise ValueError if a batch does not bring its mismatched sequences."""
+    if "kl_input_ids" not in batch:
+        raise ValueError(
+            f"kl_pairing is {DATASET_PAIRING!r}, and a batch of the data_collator has no "
+            f"kl_input_ids; use fastkto.data.batch.KTOCollator, which makes them of the column "
+            f"{MISMATCHED_COLUMN}, or kl_pairing='rotate'"
+        )
 
 
 def _check_lengths(batch: dict[str, Any], max_length: int | None) -> None:
@@ -205,11 +226,11 @@ def mismatched_sequences(
 
 
 def given_mismatched(batch: dict[str, Any], max_length: int | None) -> list[TokenSequence] | None:
-    """The mismatched sequences that another library's batch brings, `B`; None if it has none."""
+    """The mismatched sequences that the batch brings, `B`; None if it has none."""
     if "kl_input_ids" not in batch:
         return None
     own = {key: batch[f"kl_{key}"] for key in _SEQUENCE_KEYS if f"kl_{key}" in batch}
-    return matched_sequences(own, max_length)
+    return matched_sequences({**own, "truncation_mode": batch.get("truncation_mode")}, max_length)
 
 
 def split_rows(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:

@@ -6,7 +6,9 @@ completion is used once, so the estimate weighs all rows alike.
 
 from collections.abc import Hashable, Sequence
 
-KL_PAIRINGS = ("rotate", "distinct")
+KL_PAIRINGS = ("rotate", "distinct")  # of the rows at hand
+DATASET_PAIRING = "dataset"  # of the rows of a data set, before there are batches
+MISMATCHED_COLUMN = "KL_completion_ids"  # TRL's name
 
 
 def pair(prompt_keys: Sequence[Hashable], kl_pairing: str) -> list[int | None]:

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastkto.config import KTOConfig
 from fastkto.data import images
+from fastkto.data.pairing import DATASET_PAIRING, MISMATCHED_COLUMN
 from fastkto.data.rows import RowReport, prepare_rows
 from fastkto.processing import tokenizer_of
 
@@ -48,7 +49,7 @@ def prepare_data(
             "IterableDataset, for example Dataset.from_list(rows)"
         )
     if set(COLUMNS) <= set(dataset.column_names or ()):
-        return dataset, {}
+        return _paired(dataset, name, args), {}
     if images.has_images(dataset):
         _check_image_run(processing, name, args)
         with args.main_process_first(desc=f"checking the {name} data set"):
@@ -67,6 +68,7 @@ def prepare_data(
             in_blocks=is_processor,
             keep_columns=not args.remove_unused_columns,
         )
+    prepared = _paired(prepared, name, args)
     if report is None:
         return prepared, {}
     logger.info(
@@ -81,6 +83,25 @@ def prepare_data(
     return prepared, {name: report}
 
 
+def _paired(dataset: AnyDataset, name: str, args: KTOConfig) -> AnyDataset:
+    """With each row's mismatched completion, if it is formed before there are batches.
+
+    As TRL 1.16 maps its data set: `rotate` in blocks of consecutive rows, of which the last may
+    have one row that is its own partner.
+    """
+    if not args.needs_kl or args.kl_pairing != DATASET_PAIRING:
+        return dataset
+    with args.main_process_first(desc=f"pairing the {name} data set"):
+        block = args.per_device_train_batch_size
+        desc = {"desc": f"Pairing the {name} data"} if isinstance(dataset, Dataset) else {}
+        return dataset.map(_add_mismatched, batched=True, batch_size=block, **desc)
+
+
+def _add_mismatched(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+    completions = rows["completion_ids"]
+    return {MISMATCHED_COLUMN: completions[-1:] + completions[:-1]}
+
+
 def _check_image_run(processing: Any, name: str, args: KTOConfig) -> None:
     """Refuse what images leave no way for."""
     if not isinstance(processing, ProcessorMixin):
@@ -93,6 +114,11 @@ def _check_image_run(processing: Any, name: str, args: KTOConfig) -> None:
         raise ValueError(
             f"truncation_mode is 'keep_end', which would cut the prompts that the images of the "
             f"{name} data stand in; use 'keep_start'"
+        )
+    if args.kl_pairing == DATASET_PAIRING:
+        raise ValueError(
+            f"kl_pairing is {DATASET_PAIRING!r}, and the rows of the {name} data with images are "
+            "read batch by batch, in TRL too; use 'rotate'"
         )
     for field, value in (
         ("train_sampling_strategy", "group_by_length"),
