@@ -82,31 +82,46 @@ def move_reference(reference: Reference, policy: nn.Module, alpha: float) -> Non
 
 
 def save_reference(trainer: KTOTrainer, checkpoint: str) -> None:
-    """Keep a reference that is a model of its own; every rank has to call this.
-
-    An adapter is saved with the policy's.
-    """
-    model = trainer.reference.model
-    if trainer.step_settings.args.sync_ref_model and model is not None:
+    """Keep what moved of the reference and Trainer does not keep; every rank has to call this."""
+    weights = _moved_weights(trainer)
+    if weights:
+        # What all ranks have goes into one file, so that the first machine's folder is complete.
+        planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         with _without_process_group():
-            dcp.save(get_model_state_dict(model), checkpoint_id=Path(checkpoint) / _FOLDER)
+            dcp.save(weights, checkpoint_id=Path(checkpoint) / _FOLDER, planner=planner)
 
 
 def load_reference(trainer: KTOTrainer, checkpoint: str) -> None:
     """Undo what steps after `save_reference` did; every rank has to call this."""
-    model = trainer.reference.model
-    if not trainer.step_settings.args.sync_ref_model or model is None:
+    weights = _moved_weights(trainer)
+    if not weights:
         return
     folder = Path(checkpoint) / _FOLDER
     if not folder.is_dir():
         raise ValueError(
             f"{checkpoint} has no folder {_FOLDER!r}, so that the reference which sync_ref_model="
-            "True had moved is not known; resume from a checkpoint that such a run has saved"
+            "True had moved is not known; resume from a checkpoint that such a run has saved, with "
+            "save_only_model=False"
         )
-    weights = get_model_state_dict(model)
     with _without_process_group():
         dcp.load(weights, checkpoint_id=folder)
-    set_model_state_dict(model, weights)
+    if trainer.reference.model is not None:
+        set_model_state_dict(trainer.reference.model, weights)
+
+
+def _moved_weights(trainer: KTOTrainer) -> dict[str, Any]:
+    """A reference model's weights, or the parameters of a frozen adapter under FSDP2.
+
+    Without FSDP2 Trainer saves and loads all adapters; with it, the trained one only.
+    """
+    if not trainer.step_settings.args.sync_ref_model:
+        return {}
+    if trainer.reference.model is not None:
+        return get_model_state_dict(trainer.reference.model)
+    if not trainer.accelerator.is_fsdp2:
+        return {}
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    return {names[frozen]: frozen for frozen, _ in adapter_pairs(trainer.model)}
 
 
 @contextmanager

@@ -517,8 +517,9 @@ class KTOTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.reference.adapter is not None:
+        if self.reference.adapter is not None and not self.accelerator.is_fsdp2:
             # Some transformers load the adapters in subfolders and forget the one beside them.
+            # (Under FSDP2 the trained one is in the model's file, and may be in no other.)
             policy: Any = self.model if model is None else model
             policy.load_adapter(resume_from_checkpoint, policy.active_adapter, is_trainable=True)
 

@@ -10,9 +10,14 @@ import torch
 from peft import LoraConfig
 
 from fastkto import KTOConfig, KTOTrainer
+from tests.distributed_run import WORLD_SIZE
+from tests.equal_runs import TOLERANCE
+from tests.launch import launch
 from tests.models import tiny_model, tiny_tokenizer
+from tests.sync_resume_run import CASES, FSDP_CASES, STEPS
 from tests.trl_runs import assert_equal_logs, both, text_rows
 
+SCRIPT = Path(__file__).parent / "sync_resume_run.py"
 SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 2}
 
 
@@ -102,3 +107,71 @@ def test_what_cannot_be_mixed_is_refused(tmp_path: Path) -> None:
             ref_model_mixup_alpha=1.0,
             **SYNC,
         )
+
+
+@pytest.fixture(scope="module")
+def ddp_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("ddp")
+    launch(SCRIPT, directory, directory, processes=WORLD_SIZE)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def runs_alone(tmp_path_factory: pytest.TempPathFactory, ddp_runs: Path) -> Path:
+    """The same in one process, which goes on from the two processes' checkpoints."""
+    directory = tmp_path_factory.mktemp("alone")
+    launch(SCRIPT, directory, ddp_runs)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def fsdp_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("fsdp")
+    launch(SCRIPT, directory, directory, "fsdp", processes=WORLD_SIZE)
+    return directory
+
+
+def runs_of(directory: Path, case: str, rank: int = 0) -> dict[str, Any]:
+    return torch.load(directory / f"{case} {rank}.pt")
+
+
+def assert_same_run(expected: dict[str, Any], actual: dict[str, Any]) -> None:
+    assert len(expected["logs"]) == len(actual["logs"]) == STEPS
+    for log, other in zip(expected["logs"], actual["logs"], strict=True):
+        compared = {key: value for key, value in log.items() if key != "pass_efficiency"}
+        for key, value in compared.items():
+            assert other[key] == pytest.approx(value, **TOLERANCE), (log["step"], key)
+    assert expected["weights"].keys() == actual["weights"].keys()
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(actual["weights"][name], weight, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_resume_with_the_moved_reference(case: str, ddp_runs: Path) -> None:
+    for rank in range(WORLD_SIZE):
+        runs = runs_of(ddp_runs, case, rank)
+        assert_same_run(runs["complete"], runs["resumed"])
+        assert_same_run(runs_of(ddp_runs, case)["complete"], runs["complete"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FSDP_CASES)
+def test_a_divided_reference_is_resumed(case: str, fsdp_runs: Path) -> None:
+    runs = runs_of(fsdp_runs, case)
+    assert_same_run(runs["complete"], runs["resumed"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_move_it_as_one_and_one_resumes_theirs(
+    case: str, ddp_runs: Path, runs_alone: Path
+) -> None:
+    two, one = runs_of(ddp_runs, case), runs_of(runs_alone, case)
+    assert any(log["kl"] > 0.01 for log in two["complete"]["logs"]), "zeros would prove nothing"
+    assert_same_run(one["complete"], two["complete"])
+    assert_same_run(two["complete"], one["resumed"])
+
+
+def test_the_first_rank_saves_what_all_have(ddp_runs: Path) -> None:
+    """So that a copy of the first machine's checkpoint is enough for the others."""
+    folder = ddp_runs / "model" / "checkpoint-3" / "reference"
+    assert {f.name for f in folder.iterdir() if f.stat().st_size} == {".metadata", "__0_0.distcp"}

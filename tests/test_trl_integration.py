@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import trl
 import trl.trainer.kto_trainer
+from safetensors.torch import load_file
 
 import fastkto
 from fastkto.cli import main
@@ -92,6 +94,28 @@ def test_the_command_line_trains_as_trls(tmp_path: Path, files: list[str]) -> No
             assert other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), key
     assert "pass_efficiency" in logs(ours)[0] and "pass_efficiency" not in logs(theirs)[0]
     assert (ours / "model.safetensors").exists() and (ours / "README.md").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_command_line_starts_several_processes(tmp_path: Path, files: list[str]) -> None:
+    """Through accelerate, told as TRL documents it: two equal one on as many rows a step."""
+    files += ["--kl_scope", "window"]
+    batches = ["--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "16"]
+    run(["-m", "fastkto.integrations.scripts.trl_kto", *files, *batches], tmp_path / "one")
+    launcher = ["--accelerate_config", "multi_gpu", "--num_processes", "2"]
+    launcher += ["--mixed_precision", "no", "--main_process_port", "0"]  # any free port
+    said = run(["-m", "fastkto", "trl", "kto", *files, *launcher], tmp_path / "two")
+    assert said.count("Model saved to") == 1 and (tmp_path / "two" / "model.safetensors").exists()
+    assert (tmp_path / "two" / "checkpoint-3" / "rng_state_1.pth").exists()  # the second rank's
+    expected, actual = logs(tmp_path / "one"), logs(tmp_path / "two")
+    assert "pass_efficiency" in actual[0] and expected[-1]["eval_kl"] > 0.01
+    for one, two in zip(expected, actual, strict=True):
+        for key in (key for key in one if key.removeprefix("eval_") in COMPARED):
+            assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), key
+    weights = load_file(tmp_path / "one" / "model.safetensors")
+    for name, weight in load_file(tmp_path / "two" / "model.safetensors").items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow
