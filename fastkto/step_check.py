@@ -48,12 +48,16 @@ class StepCheck:
             return num_tokens
         rows = gather_object([row for loss in losses for row in _bad_rows(loss)])
         path = self._folder / f"not_finite_step_{step}.jsonl"
+        where = f"The rows are in {path}"
         if self._ranks.accelerator.is_main_process:
-            _write(rows, path)
+            try:
+                _write(rows, path)
+            except OSError as error:  # of a full disk, say, which must not hide what was found
+                where = f"The rows could not be written to {path}: {error}"
         kinds = {kind: [row["row"] for row in rows if kind in row["not_finite"]] for kind in SCORES}
         found = "; ".join(f"{kind}: rows {sorted(set(of))}" for kind, of in kinds.items() if of)
         raise FloatingPointError(
-            f"log-probabilities are not finite in step {step}, of {found}. The rows are in {path}. "
+            f"log-probabilities are not finite in step {step}, of {found}. {where}. "
             "Look at them and at the learning rate; with fp16, use bf16. Nothing was updated from "
             "them"
         )

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
 
 from fastkto.checkpoint_passes import needs_checkpointing, turn_off_checkpointing
-from fastkto.checkpoints import check_whole, last_whole_checkpoint
+from fastkto.checkpoints import check_whole, last_whole_checkpoint, make_way
 from fastkto.config import KTOConfig
 from fastkto.data.batch import KTOCollator, check_batch
 from fastkto.data.images import COLUMNS as IMAGE_COLUMNS
@@ -35,6 +36,7 @@ from fastkto.data.pairing import MISMATCHED_COLUMN
 from fastkto.data.prepare import COLUMNS, AnyDataset, prepare_data
 from fastkto.data.rows import RowReport
 from fastkto.evaluation_logits import logits_and_tokens
+from fastkto.full_disk import explaining_full_disk
 from fastkto.head import attach_scoring
 from fastkto.head_check import evaluating
 from fastkto.limits import (
@@ -500,9 +502,20 @@ class KTOTrainer(Trainer):
             tags = [tags] if isinstance(tags, str) else list(tags or [])
             write_model_card(self, model_name, dataset_name, tags)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`; on a full disk the error says what is whole."""
+        folder = self.args.output_dir
+        with explaining_full_disk(output_dir or folder, folder):
+            super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.create_model_card()
-        super()._save_checkpoint(model, trial)
+        folder = self._get_output_dir(trial=trial)
+        checkpoint = Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with explaining_full_disk(checkpoint, folder):
+            if self.args.should_save:
+                make_way(checkpoint, self.args.save_total_limit)
+            self.create_model_card()
+            super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

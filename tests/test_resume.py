@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from fastkto.checkpoints import is_whole
 from fastkto.cli import main
 from tests.cli_files import read_logs, save_model, write_rows
 
@@ -61,7 +62,7 @@ def kill_after_a_checkpoint(argv: list[str], output_dir: Path) -> None:
         stderr=subprocess.DEVNULL,
     ) as process:
         deadline = time.monotonic() + 120
-        while not (output_dir / "checkpoint-3" / "trainer_state.json").exists():
+        while not is_whole(output_dir / "checkpoint-3"):
             assert process.poll() is None, "the run ended before its first checkpoint"
             assert time.monotonic() < deadline, "the run saved no checkpoint"
             time.sleep(0.01)

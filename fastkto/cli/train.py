@@ -22,6 +22,7 @@ from fastkto.cli.progress import TrainingProgress, describe_end
 from fastkto.cli.summary import describe_run
 from fastkto.config import KTOConfig
 from fastkto.data.load import load_rows
+from fastkto.full_disk import explaining_full_disk
 from fastkto.policy import load_policy, model_init_kwargs
 from fastkto.start_line import StartLine
 from fastkto.trainer import KTOTrainer
@@ -43,21 +44,23 @@ def train(arguments: Arguments) -> None:
     say(table([*summary.facts, *resumed]))
     for warning in summary.warnings:
         warn(warning)
-    args = trainer.step_settings.args
+    args, folder = trainer.step_settings.args, str(trainer.args.output_dir)
     about = f"rank {args.process_index}" if args.world_size > 1 else ""
     with mistakes(about=about, everywhere=True):
         result = trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.is_fsdp_enabled:  # else save_model writes nothing for sharded checkpoints
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model()
-        trainer.save_metrics("train", result.metrics)
+        with explaining_full_disk(folder, folder):
+            trainer.save_metrics("train", result.metrics)
         evaluation = evaluate(trainer)
-    if evaluation is not None:
-        trainer.save_metrics("eval", evaluation)
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        say()
-        say(table(describe_end(trainer, result.metrics, evaluation)))
+    with mistakes(about=about, everywhere=True), explaining_full_disk(folder, folder):
+        if evaluation is not None:
+            trainer.save_metrics("eval", evaluation)
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            say()
+            say(table(describe_end(trainer, result.metrics, evaluation)))
     trainer.accelerator.end_training()  # ends trackers and the process group
 
 
