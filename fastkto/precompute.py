@@ -49,13 +49,16 @@ def precompute(trainer: KTOTrainer) -> None:
     with torch.random.fork_rng(devices=[]):
         if has_length(train_set):
             loader = trainer.get_train_dataloader()
-            windows = _train_windows(trainer, loader, trainer.state.max_steps)
-            _score(trainer, "train", loader, windows, paired=pairs_are_known)
+            steps, accumulated = trainer.state.max_steps, trainer.args.gradient_accumulation_steps
+            total = min(len(loader), steps * accumulated)
+            windows = _train_windows(trainer, loader, steps)
+            _score(trainer, "train", loader, windows, total=total, paired=pairs_are_known)
         for name, eval_set in eval_sets.items():
             if has_length(eval_set):
                 loader = trainer.get_eval_dataloader(name)
                 windows = _evaluation_windows(trainer, loader)
-                _score(trainer, name or "eval", loader, windows, paired=True)
+                total = len(loader)
+                _score(trainer, name or "eval", loader, windows, total=total, paired=True)
     if is_complete and all(map(has_length, [train_set, *eval_sets.values()])):
         _release(trainer)
 
@@ -77,14 +80,20 @@ def _evaluation_windows(trainer: KTOTrainer, loader: DataLoader) -> Iterator[_Wi
 
 
 def _score(
-    trainer: KTOTrainer, name: str, loader: Any, windows: Iterator[_Window], *, paired: bool
+    trainer: KTOTrainer,
+    name: str,
+    loader: Any,
+    windows: Iterator[_Window],
+    *,
+    total: int,
+    paired: bool,
 ) -> None:
-    """Score the windows' matched sequences and, if `paired`, the mismatched ones."""
+    """Score the matched sequences of windows with `total` batches, `paired` also the mismatched."""
     args, settings = trainer.step_settings.args, trainer.step_settings
     hits = misses = 0
     losses: list[BatchLoss] = []
     bar = tqdm(
-        total=len(loader),
+        total=total,
         desc=f"reference log-probabilities of the {name} data",
         unit="batch",
         disable=args.disable_tqdm or not trainer.is_local_process_zero(),

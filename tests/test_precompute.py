@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,58 @@ def test_evaluation_alone_uses_the_cache(tmp_path: Path) -> None:
     second = trainer(tmp_path, eval_dataset=rows).evaluate()
     assert first["eval_ref_cache_misses"] == second["eval_ref_cache_hits"] == 12
     assert first["eval_loss"] == second["eval_loss"]
+
+
+# ---- What is seen of it ----
+
+
+def bar(text: str, name: str) -> list[tuple[int, int]]:
+    """(batches done, of how many) of each state of a progress bar in `text`."""
+    found = re.findall(rf"reference log-probabilities of the {name} data: .*?(\d+)/(\d+) \[", text)
+    return [(int(done), int(total)) for done, total in found]
+
+
+@pytest.mark.parametrize(
+    "settings, total",
+    [
+        ({}, 4),
+        ({"max_steps": 2}, 2),  # of the 4 batches of an epoch
+        ({"max_steps": 8}, 4),  # every row is scored once
+        ({"gradient_accumulation_steps": 3, "max_steps": 1}, 3),
+        ({"precompute_ref_batch_size": 8}, 4),
+        ({"train_dataset": text_rows(14)}, 4),  # the last one is short
+    ],
+    ids=str,
+)
+def test_progress_bar_runs_to_its_end(
+    settings: dict[str, Any],
+    total: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = {"one": text_rows(6, seed=4), "two": text_rows(5, seed=5)}
+    train(tmp_path, disable_tqdm=False, eval_dataset=given, **settings)
+    text = capsys.readouterr().err
+    for name, end in (("train", total), ("one", 2), ("two", 2)):
+        states = bar(text, name)
+        assert states[0] == (0, end) and states[-1] == (end, end), states
+        assert states == sorted(states)
+
+
+def test_progress_bar_is_the_main_process_s_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path, disable_tqdm=False)
+    monkeypatch.setattr(run, "is_local_process_zero", lambda: False)
+    run.train()
+    assert stored(tmp_path) == 2 * ROWS and bar(capsys.readouterr().err, "train") == []
+
+
+def test_disable_tqdm_hides_the_progress_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, disable_tqdm=True)
+    assert "log-probabilities of the train data" not in capsys.readouterr().err
 
 
 # ---- Two ranks, of which one finds its rows ----
