@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastkto.head import scoring_model, scoring_of
+from fastkto.quantised import is_quantised
 
 MAX_ROWS = 2
 MAX_TOKENS = 512  # of each row
@@ -194,16 +195,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
-            module.training = _is_quantised(module)
+            module.training = any(map(is_quantised, module.parameters(recurse=False)))
         with torch.no_grad():
             yield
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    return any(not parameter.is_floating_point() for parameter in module.parameters(recurse=False))
 
 
 @contextmanager

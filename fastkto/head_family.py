@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from fastkto.head_lora import HeadLora, is_lora, read_lora, unreadable_adapter
+from fastkto.quantised import is_quantised
 
 # Config fields by which families scale their logits, and the power with which the field enters.
 # logit_scale: Cohere; lm_head_multiplier: Falcon-H1; output_multiplier: Muse;
@@ -74,9 +73,7 @@ def read_head(model: PreTrainedModel) -> Head:
         raise ValueError(
             f"{name} has no output head with a weight (got {type(module).__name__}); {_WAY_OUT}"
         )
-    # fp8 stands for a weight with scales; torchao's weights are subclasses that show a plain dtype
-    is_plain = weight.is_floating_point() and weight.dtype.itemsize >= 2
-    if not is_plain or (is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)):
+    if is_quantised(weight):
         raise ValueError(
             f"the output head of {name} is quantised ({type(weight).__name__} of {weight.dtype}), "
             f"expected floating point; load the head unquantised, or {_WAY_OUT}"
