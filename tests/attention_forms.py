@@ -149,7 +149,8 @@ def varlen_attn(
 ) -> Tensor:
     """PyTorch's: a window of (-1, 0) is causal, (W, 0) causal with W keys to the left."""
     assert window_size[1] == 0
-    assert enable_gqa == (query.shape[1] != key.shape[1])
+    is_asked = "enable_gqa" in attention._VARLEN_ARGUMENTS  # PyTorch 2.11 shares keys unasked
+    assert enable_gqa == (is_asked and query.shape[1] != key.shape[1])
     return varlen_attention(
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, left=window_size[0]
     )
