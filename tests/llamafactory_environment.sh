@@ -21,7 +21,8 @@ if [ "$(cat "$folder/stamp" 2>/dev/null)" != "$stamp" ]; then
     "${install[@]}" transformers==5.6.0 trl==0.24.0 peft==0.18.1 accelerate==1.11.0 \
         datasets==4.0.0 "tokenizers<=0.23.0" omegaconf einops pillow sentencepiece tiktoken scipy \
         matplotlib bitsandbytes psutil triton pytest
-    "${install[@]}" --no-deps llamafactory==0.9.5 badam==1.4 galore_torch==1.0 apollo_torch==1.0.3
+    "${install[@]}" --no-deps llamafactory==0.9.5 badam==1.4 galore_torch==1.0 apollo_torch==1.0.3 \
+        adam-mini==1.1.1
     mkdir "$(echo "$folder"/lib/python3*/site-packages)/torchaudio" # LLaMA-Factory imports it
     echo "$stamp" >"$folder/stamp"
 fi

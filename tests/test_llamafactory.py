@@ -37,12 +37,18 @@ def both(
     return trainers[0], trainers[1]
 
 
-def assert_equal_runs(theirs: Any, ours: Any, *, batches: int = 1, kl_used: bool = True) -> None:
-    """Losses within 1e-4, all other values but those that LLaMA-Factory gets wrong, parameters.
+def assert_equal_logs(
+    theirs: list[dict[str, Any]],
+    ours: list[dict[str, Any]],
+    *,
+    batches: int = 1,
+    kl_used: bool = True,
+) -> None:
+    """Losses within 1e-4, and all other values but those that LLaMA-Factory gets wrong.
 
     `batches` is how many micro-batches a log has, over which LLaMA-Factory adds its KL estimates.
     """
-    history = list(zip(theirs.state.log_history, ours.state.log_history, strict=True))
+    history = list(zip(theirs, ours, strict=True))
     for number, (expected, actual) in enumerate(history):
         is_evaluation = any(name.startswith("eval_") for name in expected)
         expected = dict(expected)
@@ -58,6 +64,11 @@ def assert_equal_runs(theirs: Any, ours: Any, *, batches: int = 1, kl_used: bool
             assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), (name, number)
     if kl_used:
         assert any(log.get("kl", 0) > 0 for log, _ in history), "the KL estimate is always 0"
+
+
+def assert_equal_runs(theirs: Any, ours: Any, **how: Any) -> None:
+    """Equal logs, see `assert_equal_logs`, and equal parameters."""
+    assert_equal_logs(theirs.state.log_history, ours.state.log_history, **how)
     parameters = zip(theirs.model.named_parameters(), ours.model.parameters(), strict=True)
     for (name, expected), actual in parameters:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6, msg=name)
