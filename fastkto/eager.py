@@ -20,6 +20,7 @@ def linear_logprob(
     bias: Tensor | None = None,  # [V]
     extra_hidden: Tensor | None = None,  # [N, E]
     extra_weight: Tensor | None = None,  # [V, E]
+    factor: Tensor | None = None,  # [V]
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -30,6 +31,8 @@ def linear_logprob(
     logits_NV = hidden @ weight.T
     if extra_hidden is not None and extra_weight is not None:
         logits_NV = logits_NV + extra_hidden @ extra_weight.T
+    if factor is not None:
+        logits_NV = logits_NV * factor
     if bias is not None:
         logits_NV = logits_NV + bias
     logits_NV = logits_NV * logit_scale

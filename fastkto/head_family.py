@@ -44,8 +44,8 @@ class Head(NamedTuple):
     @property
     def called(self) -> list[nn.Module]:
         """The modules that the model would call, whose hooks gather weights."""
-        factors = [part for adapter in self.adapters for part in (adapter.down, adapter.up)]
-        return [*self.wrappers, self.module, *factors]
+        parts = [part for a in self.adapters for part in (a.down, a.up, a.magnitude)]
+        return [*self.wrappers, self.module, *(part for part in parts if part is not None)]
 
 
 def read_head(model: PreTrainedModel) -> Head:
@@ -61,7 +61,7 @@ def read_head(model: PreTrainedModel) -> Head:
     name = type(model).__name__
     if (adapter := unreadable_adapter(module)) is not None:
         raise ValueError(
-            f"the output head of {name} carries a peft adapter that is not plain LoRA or rsLoRA "
+            f"the output head of {name} carries a peft adapter that is not scored by its weights "
             f"({adapter}); drop the head from target_modules, or {_WAY_OUT}"
         )
     wrappers: tuple[nn.Module, ...] = ()

@@ -1,22 +1,28 @@
-"""LoRA adapters on the output head, read from peft's layer so that nothing has to be merged."""
+"""LoRA and DoRA adapters on the output head, read from peft's layer: nothing has to be merged."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 
 class HeadLora(NamedTuple):
-    """Adds scaling * (dropout(hidden) @ down.weight.T @ up.weight.T + up.bias) to the logits."""
+    """Adds scaling * (dropout(hidden) @ down.weight.T @ up.weight.T + up.bias) to the logits.
+
+    With a magnitude (DoRA) there is no up.bias, and the logits but for the head's own bias are then
+    multiplied by the factor in `fastkto.head_dora`.
+    """
 
     down: Any  # peft's lora_A, an nn.Linear: weight [E, D]
     up: Any  # peft's lora_B, an nn.Linear: weight [V, E], bias [V] or None
     dropout: nn.Module
     scaling: float
+    magnitude: Any | None = None  # DoRA's, a module with weight [V]
 
 
 def is_lora(module: Any) -> bool:
@@ -28,15 +34,26 @@ def is_lora(module: Any) -> bool:
 
 
 def unreadable_adapter(module: Any) -> str | None:
-    """What peft has put on a head that is not LoRA alone, plain or rsLoRA; None if nothing.
+    """What peft has put on a head beside LoRA, rsLoRA and DoRA; None if nothing.
 
-    Variants of LoRA (DoRA, aLoRA, Arrow, ...) do more than add a product of two factors. DoRA would
-    need a factor for each token of the vocabulary, made of the norms of a merged weight.
+    Other variants of LoRA (aLoRA, Arrow, ...) compute something else.
     """
     if is_lora(module):
-        for name in _active(module):
-            if name in module.lora_variant:
-                return f"{type(module.lora_variant[name]).__name__} of adapter {name!r}"
+        names = _active(module)
+        for name in names:
+            variant = module.lora_variant.get(name)
+            if variant is None:
+                continue
+            if type(variant) is not DoraLinearVariant:
+                return f"{type(variant).__name__} of adapter {name!r}"
+            if len(names) > 1:  # peft multiplies what came before it, and not what comes after
+                return f"DoRA adapter {name!r} is active among others; activate it alone"
+            # peft scales what it computes from dropped hidden states, and adds W (hidden - dropped)
+            if getattr(module.lora_dropout[name], "p", 0.0) > 0:
+                return (
+                    f"DoRA adapter {name!r} has dropout, so that its logits are not a product with "
+                    "one hidden state; set lora_dropout=0, or disable_dropout=True"
+                )
         module = module.base_layer
     if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         return f"{type(module).__module__}.{type(module).__name__}"
@@ -49,7 +66,11 @@ def read_lora(layer: LoraLinear) -> tuple[HeadLora, ...]:
         layer.unmerge()  # as the layer's own forward does
     return tuple(
         HeadLora(
-            layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
+            layer.lora_A[name],
+            layer.lora_B[name],
+            layer.lora_dropout[name],
+            layer.scaling[name],
+            layer.lora_magnitude_vector[name] if name in layer.lora_variant else None,
         )
         for name in _active(layer)
     )

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from fastkto.head_dora import dora_factor
 from fastkto.head_family import Head
 from fastkto.logprob import BYTES_PER_MIB, TokenScores, linear_logprob
 
@@ -51,6 +52,7 @@ def score_by_weight(
             weight,
             target,
             **added._asdict(),
+            factor=_factor(head, weight, int(head_memory_mib * BYTES_PER_MIB)),
             logit_scale=head.logit_scale,
             softcap=head.softcap,
             stats=stats,
@@ -97,6 +99,24 @@ def _added(head: Head, hidden: Tensor) -> _Added:
     if len(weight_parts) == 1:  # without a copy
         return _Added(bias, hidden_parts[0], weight_parts[0])
     return _Added(bias, torch.cat(hidden_parts, dim=1), torch.cat(weight_parts, dim=1))
+
+
+def _factor(head: Head, weight: Tensor, memory_bytes: int) -> Tensor | None:
+    """What a DoRA adapter, which is alone then, multiplies all but the head's bias by, [V] fp32.
+
+    It is not rounded with what is added: what it learns is less than bf16 can represent.
+    """
+    for adapter in head.adapters:
+        if adapter.magnitude is not None:
+            return dora_factor(
+                _whole(adapter.magnitude.weight),
+                weight,
+                _whole(adapter.down.weight),
+                _whole(adapter.up.weight),
+                scaling=adapter.scaling,
+                memory_bytes=memory_bytes,
+            )
+    return None
 
 
 @torch.compiler.disable

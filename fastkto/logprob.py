@@ -34,6 +34,7 @@ def linear_logprob(
     bias: Tensor | None = None,  # [V]
     extra_hidden: Tensor | None = None,  # [N, E]
     extra_weight: Tensor | None = None,  # [V, E]
+    factor: Tensor | None = None,  # [V]
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -50,16 +51,19 @@ def linear_logprob(
     Without a softcap there is no tanh. `stats` also returns entropy and mean logit.
 
     extra_hidden @ extra_weight.T is added to hidden @ weight.T: with scaling * (hidden @ A.T) and B
-    it is an unmerged LoRA adapter of the head. All inputs but the target may need gradients.
+    it is an unmerged LoRA adapter of the head. `factor` multiplies the sum of both before the bias
+    is added: with magnitude / norm of each row of the merged weight it is a DoRA adapter. All
+    inputs but the target may need gradients.
 
     What is multiplied is rounded to one dtype: autocast's where it is on, else the common one of
-    all inputs (fp32 where they differ, as PyTorch promotes them). Products, logits and every
-    gradient are accumulated in fp32, and gradients rounded to the dtype of what they belong to.
-    fp32 means IEEE products, never TF32.
+    all inputs but the factor (fp32 where they differ, as PyTorch promotes them). Products, logits
+    and every gradient are accumulated in fp32, and gradients rounded to the dtype of what they
+    belong to. fp32 means IEEE products, never TF32.
 
-    If only `hidden` needs a gradient, the forward pass computes its direction, [N, D] numbers of
-    the compute dtype's size, which are kept in place of `hidden`: two matmuls, none in backward.
-    For any other gradient the logits are computed again in backward, once for all of them.
+    If only `hidden` needs a gradient and there is no factor, the forward pass computes its
+    direction, [N, D] numbers of the compute dtype's size, which are kept in place of `hidden`: two
+    matmuls, none in backward. Else the logits are computed again in backward, once for all
+    gradients.
 
     head_memory_mib bounds the tiles, whatever N is; `fastkto_kernels.memory` has the formula for
     all that a call needs.
@@ -71,7 +75,12 @@ def linear_logprob(
     it would stop the stream in every call: the check is `torch._assert_async` there, which fails
     at the next synchronisation.
     """
-    optional = {"bias": bias, "extra_hidden": extra_hidden, "extra_weight": extra_weight}
+    optional = {
+        "bias": bias,
+        "extra_hidden": extra_hidden,
+        "extra_weight": extra_weight,
+        "factor": factor,
+    }
     inputs = {"hidden": hidden, "weight": weight}
     inputs |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     _check_shapes(inputs, target)
@@ -84,6 +93,7 @@ def linear_logprob(
         bias,
         extra_hidden,
         extra_weight,
+        factor,
         target,
         ignore_index,
         float(logit_scale),
@@ -91,7 +101,7 @@ def linear_logprob(
         float(temperature),
         _compute_dtype(inputs),
         stats,
-        torch.is_grad_enabled() and needs == {"hidden"},
+        torch.is_grad_enabled() and needs == {"hidden"} and factor is None,
         backend,
         int(head_memory_mib * BYTES_PER_MIB),
     )
@@ -99,17 +109,18 @@ def linear_logprob(
 
 
 def _compute_dtype(inputs: dict[str, Tensor]) -> torch.dtype:
-    """Autocast's dtype when it is on, else what the dtypes of all inputs promote to."""
+    """Autocast's dtype when it is on, else what the dtypes of all inputs of matmuls promote to."""
     device_type = inputs["hidden"].device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
-    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in inputs.values()))
+    dtypes = (tensor.dtype for name, tensor in inputs.items() if name != "factor")
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _check_shapes(inputs: dict[str, Tensor], target: Tensor) -> None:
     hidden, weight = inputs["hidden"], inputs["weight"]
     for name, tensor in inputs.items():
-        num_dimensions = 1 if name == "bias" else 2
+        num_dimensions = 1 if name in ("bias", "factor") else 2
         if tensor.ndim != num_dimensions:
             words = "one dimension" if num_dimensions == 1 else "two dimensions"
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {words}")
@@ -125,6 +136,7 @@ def _check_shapes(inputs: dict[str, Tensor], target: Tensor) -> None:
     expected: dict[str, tuple[int, ...]] = {
         "target": (hidden.shape[0],),
         "bias": (weight.shape[0],),
+        "factor": (weight.shape[0],),
     }
     if "extra_hidden" in inputs:
         rank = inputs["extra_hidden"].shape[1]

@@ -43,6 +43,7 @@ def _score(
     bias: Tensor | None,  # [V]
     extra_hidden: Tensor | None,  # [N, E]
     extra_weight: Tensor | None,  # [V, E]
+    factor: Tensor | None,  # [V]
     target: Tensor,  # [N] int64
     ignore_index: int,
     scale: float,
@@ -63,7 +64,7 @@ def _score(
     target = _without_ignored(target, ignore_index)
     transform = LogitTransform(scale, softcap, temperature)
     operands = Operands(
-        hidden, weight, bias, extra_hidden, extra_weight, target, compute_dtype, transform
+        hidden, weight, bias, extra_hidden, extra_weight, target, compute_dtype, transform, factor
     )
     chosen = choose_backend(backend, hidden.device).name
     rows = _scored_rows(target, chosen)
@@ -100,7 +101,7 @@ linear_logprob = torch.library.custom_op("fastkto::linear_logprob", _score, muta
 
 @linear_logprob.register_fake
 def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    settings = _Settings(*others[5:])
+    settings = _Settings(*others[6:])
     num_tokens = hidden.shape[0]
 
     def rows(present: bool) -> Tensor:
@@ -120,6 +121,7 @@ def _differentiate(
     bias: Tensor | None,
     extra_hidden: Tensor | None,
     extra_weight: Tensor | None,
+    factor: Tensor | None,
     target: Tensor,
     reference: Tensor,  # [N] fp32
     other_sum: Tensor,  # [N] fp32
@@ -131,12 +133,12 @@ def _differentiate(
     needs: list[bool],
     backend: str,
     memory_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (hidden, weight, bias, extra_hidden, extra_weight), empty where not needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the six inputs before the target, in their order; empty where not needed."""
     target = _without_ignored(target, ignore_index)
     transform = LogitTransform(scale, softcap, temperature)
     operands = Operands(
-        hidden, weight, bias, extra_hidden, extra_weight, target, compute_dtype, transform
+        hidden, weight, bias, extra_hidden, extra_weight, target, compute_dtype, transform, factor
     )
     chosen = choose_backend(backend, hidden.device).name
     rows, num_tokens = _scored_rows(target, chosen), target.shape[0]
@@ -168,7 +170,7 @@ linear_logprob_backward = torch.library.custom_op(
 
 @linear_logprob_backward.register_fake
 def _(row_gradient: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    inputs, needs = others[:5], others[-3]
+    inputs, needs = others[:6], others[-3]
     return tuple(
         torch.empty_like(value, memory_format=torch.contiguous_format)
         if needed and value is not None
@@ -178,41 +180,35 @@ def _(row_gradient: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, extra_hidden, extra_weight, target = inputs[:6]
-    ctx.settings = settings = _Settings(*inputs[6:])
+    operands, target = inputs[:6], inputs[6]
+    ctx.settings = settings = _Settings(*inputs[7:])
     log_odds, reference, other_sum, *direction = output[3:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     if settings.with_direction:
-        ctx.hidden_dtype = hidden.dtype
+        ctx.hidden_dtype = operands[0].dtype
         ctx.save_for_backward(target, log_odds, *direction)
     else:
-        ctx.save_for_backward(
-            target, log_odds, hidden, weight, bias, extra_hidden, extra_weight, reference, other_sum
-        )
+        ctx.save_for_backward(target, log_odds, *operands, reference, other_sum)
 
 
 def _backward(ctx: Any, grad_logprob: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     settings: _Settings = ctx.settings
     nothing = (None,) * (1 + len(settings))  # of the target and the settings
     if grad_logprob is None:
-        return (None,) * 5 + nothing
+        return (None,) * 6 + nothing
     target, log_odds, *saved = ctx.saved_tensors
     row_gradient = grad_logprob * log_odds.sigmoid() * (settings.scale / settings.temperature)
     row_gradient = torch.where(target == settings.ignore_index, 0.0, row_gradient)
     if settings.with_direction:
         direction, scale = saved
         gradient = scale_rows(direction, row_gradient * scale, ctx.hidden_dtype)
-        return (gradient, *(None,) * 4, *nothing)
-    hidden, weight, bias, extra_hidden, extra_weight, reference, other_sum = saved
-    needs = ctx.needs_input_grad[:5]
+        return (gradient, *(None,) * 5, *nothing)
+    *operands, reference, other_sum = saved
+    needs = ctx.needs_input_grad[:6]
     gradients = linear_logprob_backward(
         row_gradient,
-        hidden,
-        weight,
-        bias,
-        extra_hidden,
-        extra_weight,
+        *operands,
         target,
         reference,
         other_sum,

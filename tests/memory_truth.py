@@ -17,6 +17,7 @@ def trainer_of(
     folder: Path,
     *,
     lora: bool | list[str] = False,
+    use_dora: bool = False,
     model: dict[str, Any] | None = None,
     **fields: Any,
 ) -> KTOTrainer:
@@ -59,7 +60,10 @@ def trainer_of(
         eval_dataset=dataset.select(range(2)),
         processing_class=tokenizer,
         peft_config=LoraConfig(
-            task_type="CAUSAL_LM", target_modules="all-linear" if lora is True else lora, r=8
+            task_type="CAUSAL_LM",
+            target_modules="all-linear" if lora is True else lora,
+            r=8,
+            use_dora=use_dora,
         )
         if lora
         else None,

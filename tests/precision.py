@@ -86,7 +86,7 @@ def run(
         leaves["hidden"],
         leaves["weight"],
         inputs["target"],
-        **{name: leaves.get(name) for name in ("bias", "extra_hidden", "extra_weight")},
+        **{name: leaves.get(name) for name in ("bias", "extra_hidden", "extra_weight", "factor")},
         stats=True,
         **options,
     )

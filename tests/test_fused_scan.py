@@ -253,6 +253,7 @@ def test_the_fused_form_runs_where_the_table_says_so_and_nowhere_else(use_table:
     linear_logprob(hidden_alone, inputs["weight"].detach(), inputs["target"], backend="triton")
     extra = {"extra_hidden": inputs["hidden"][:, :3], "extra_weight": inputs["weight"][:, :3]}
     score(inputs, **extra)
+    score(inputs, factor=torch.ones(SHAPE[2], device=DEVICE))
     score(inputs | {"weight": inputs["weight"].detach().t().contiguous().t()})
     score({name: None if v is None else v[..., :40] for name, v in inputs.items()})
     assert scans == [FIRST]

@@ -269,6 +269,7 @@ FORMS = (
     "frozen head",
     "trainable head",
     "low-rank addition",
+    "low-rank addition and factor",
     "frozen head, softcap and bias",
     "trainable head, softcap and bias",
 )
@@ -281,8 +282,10 @@ class Step:
         self.hidden, self.weight, self.target = make_head(torch.bfloat16, num_tokens=512)
         self.leaves = [self.hidden] + [self.weight] * form.startswith("trainable")
         self.options: dict[str, Any] = {"backend": backend, "stats": True}
-        if form == "low-rank addition":
+        if form.startswith("low-rank addition"):
             extra = make_extra(512, rank=16)
+            if form.endswith("factor"):
+                extra["factor"] = torch.linspace(0.5, 1.5, V, device="cuda")
             self.options |= extra
             self.leaves += extra.values()
         if form.endswith("bias"):

@@ -1,4 +1,4 @@
-"""A LoRA adapter on the output head is scored without being merged, or refused."""
+"""A LoRA or DoRA adapter on the output head is scored without being merged, or refused."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastkto.head import attach_scoring, detach_scoring
 from fastkto.head_check import HeadMismatchError, check_head
 from fastkto.head_family import read_head
 from fastkto.head_scores import score_by_weight
+from fastkto.policy import disable_dropout
 from tests.conftest import HAS_TRITON
 from tests.largest_tensor import LargestTensor
 from tests.models import tiny_model
@@ -51,8 +52,20 @@ def two_adapters() -> nn.Module:
     return model
 
 
-def everything_trained() -> nn.Module:
-    return lora(tiny_model("phi"), target_modules=["lm_head"]).requires_grad_(True)
+def everything_trained(**config: Any) -> nn.Module:
+    return lora(tiny_model("phi"), target_modules=["lm_head"], **config).requires_grad_(True)
+
+
+def dora(family: str, **config: Any) -> nn.Module:
+    """With magnitudes that are not the norms, some of them negative."""
+    return lora(tiny_model(family), **HEAD, use_dora=True, **config)
+
+
+def dora_with_dropout_off() -> nn.Module:
+    """As `disable_dropout=True` leaves it; peft multiplies by the weight once more then."""
+    model = dora("phi", lora_dropout=0.5)
+    disable_dropout(model)
+    return model
 
 
 MODELS = {
@@ -67,13 +80,21 @@ MODELS = {
     "softcap and tied": lambda: lora(tiny_model("gemma2"), **HEAD),
     "two adapters": two_adapters,
     "everything trained": everything_trained,
+    "DoRA": lambda: dora("llama"),
+    "DoRA, rank-stabilised": lambda: dora("llama", r=4, lora_alpha=3, use_rslora=True),
+    "DoRA, bias": lambda: dora("phi"),
+    "DoRA, scale": lambda: dora("granite"),
+    "DoRA, softcap and tied": lambda: dora("gemma2"),
+    "DoRA, dropout off": dora_with_dropout_off,
+    "DoRA, everything trained": lambda: everything_trained(use_dora=True),
 }
 
 
-def bf16_errors(precision: str, head: str, seed: int) -> dict[str, float]:
+def bf16_errors(precision: str, head: str, seed: int, *, use_dora: bool) -> dict[str, float]:
     """Relative errors of the log-probabilities and of each gradient, against fp64."""
     dtype = torch.float32 if precision == "autocast" else torch.bfloat16
-    model = lora(tiny_model("llama", seed=seed, dtype=dtype), **HEAD, use_rslora=True)
+    model = tiny_model("llama", seed=seed, dtype=dtype)
+    model = lora(model, **HEAD, use_rslora=True, use_dora=use_dora)
     if precision == "bf16":
         model.to(torch.bfloat16)
     assert head_of(model).lora_A["default"].weight.dtype == (
@@ -101,11 +122,13 @@ class TestScores:
         truth = copy.deepcopy(model).double()
         assert_scores_are_own(model, "auto", backend=backend, truth=truth)
 
-    def test_factors_that_are_those_of_the_embedding(self) -> None:
+    @pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+    def test_factors_that_are_those_of_the_embedding(self, use_dora: bool) -> None:
         model = lora(
             tiny_model("llama", tied=True),
             target_modules=["embed_tokens", "lm_head"],
             ensure_weight_tying=True,
+            use_dora=use_dora,
         )
         embedding, head = model.get_base_model().get_input_embeddings(), head_of(model)
         factor = embedding.lora_embedding_A["default"]
@@ -113,9 +136,10 @@ class TestScores:
             pytest.skip("this peft does not tie adapters")
         assert_scores_are_own(model, "auto")
 
+    @pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
     @pytest.mark.parametrize("merged", [False, True])
-    def test_without_the_adapter_it_is_the_base_model(self, merged: bool) -> None:
-        model = lora(tiny_model("llama", tied=False), **HEAD)
+    def test_without_the_adapter_it_is_the_base_model(self, merged: bool, use_dora: bool) -> None:
+        model = lora(tiny_model("llama", tied=False), **HEAD, use_dora=use_dora)
         base = own_scores(tiny_model("llama", tied=False)).logprob
         attach_scoring(model)
         if merged:  # which peft undoes when adapters are switched off
@@ -126,8 +150,9 @@ class TestScores:
         assert (adapted - base).abs().max() > 0.1
         assert_close(score(model).logprob, adapted)
 
-    def test_merged_into_the_weight_it_is_not_added_again(self) -> None:
-        model = lora(tiny_model("llama", tied=False), **HEAD)
+    @pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+    def test_merged_into_the_weight_it_is_not_added_again(self, use_dora: bool) -> None:
+        model = lora(tiny_model("llama", tied=False), **HEAD, use_dora=use_dora)
         adapted = own_scores(model).logprob
         model.merge_adapter()
         attach_scoring(model)
@@ -161,13 +186,16 @@ class TestScores:
             assert_close(got_gradients[name], gradient, name)
         assert_close(score(model.eval()).logprob, undropped)
 
+    @pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
     @pytest.mark.parametrize("precision", ["autocast", "bf16", "bf16 below fp32 adapters"])
-    def test_bf16_is_no_less_exact_than_the_models_own_logits(self, precision: str) -> None:
+    def test_bf16_is_no_less_exact_than_the_models_own_logits(
+        self, precision: str, use_dora: bool
+    ) -> None:
         """RMS over models: in a single one, errors depend on how the CPU adds up products."""
         own, ours = [], []
         for seed in range(8):
-            own.append(bf16_errors(precision, "logits", seed))
-            ours.append(bf16_errors(precision, "auto", seed))
+            own.append(bf16_errors(precision, "logits", seed, use_dora=use_dora))
+            ours.append(bf16_errors(precision, "auto", seed, use_dora=use_dora))
         for name in own[0]:
             expected, error = (
                 sum(one[name] ** 2 for one in errors) ** 0.5 / len(errors) ** 0.5
@@ -176,8 +204,23 @@ class TestScores:
             assert expected < 0.3  # else nothing would be compared
             assert error < 1.2 * expected + 2e-3, name
 
-    def test_sharded_factors_are_gathered(self, tmp_path: Path) -> None:
-        model = lora(tiny_model("phi"), **HEAD, lora_bias=True)
+    def test_a_factor_is_not_rounded_beside_a_bf16_head(self) -> None:
+        """Scores follow a change of the magnitudes that bf16 could not represent."""
+        model = lora(tiny_model("llama", dtype=torch.bfloat16), **HEAD, use_dora=True)
+        magnitude = head_of(model).lora_magnitude_vector["default"].weight
+        magnitude.data *= 20  # so that fp32 scores show what fp32 magnitudes do
+        attach_scoring(model)
+        logprob = score(model).logprob.sum()
+        (gradient,) = torch.autograd.grad(logprob, magnitude)
+        expected = 2**-10 * float((gradient * magnitude).sum())
+        with torch.no_grad():
+            magnitude *= 1 + 2**-10
+            moved = float(score(model).logprob.sum() - logprob)
+        assert moved == pytest.approx(expected, rel=0.05)
+
+    @pytest.mark.parametrize("config", [{"lora_bias": True}, {"use_dora": True}], ids=str)
+    def test_sharded_factors_are_gathered(self, tmp_path: Path, config: dict[str, bool]) -> None:
+        model = lora(tiny_model("phi"), **HEAD, **config)
         expected = own_scores(model)
         expected_gradients = gradients(model, expected.logprob)
         store = dist.FileStore(str(tmp_path / "store"), 1)
@@ -199,10 +242,12 @@ class TestScores:
         finally:
             dist.destroy_process_group()
 
-    def test_hooks_of_all_its_modules_run_around_the_work(self) -> None:
-        model = lora(tiny_model("llama"), target_modules=["lm_head"])
+    @pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+    def test_hooks_of_all_its_modules_run_around_the_work(self, use_dora: bool) -> None:
+        model = lora(tiny_model("llama"), target_modules=["lm_head"], use_dora=use_dora)
         layer = head_of(model)
         weights = [layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]]
+        weights += [*layer.lora_magnitude_vector.values()]
         expected = own_scores(model).logprob
         events: list[str] = []
 
@@ -221,18 +266,22 @@ class TestScores:
         attach_scoring(model)
         with torch.no_grad():
             assert_close(score(model).logprob, expected)
-        assert events == ["gather"] * 3 + ["release"] * 3
+        assert events == ["gather"] * len(weights) + ["release"] * len(weights)
 
+    @pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
     @pytest.mark.parametrize("trained", [True, False])
-    def test_neither_a_merged_weight_nor_logits_exist(self, trained: bool) -> None:
+    def test_neither_a_merged_weight_nor_logits_exist(self, trained: bool, use_dora: bool) -> None:
         vocab_size, num_tokens = 8000, 2048
         model = lora(
-            tiny_model("llama", vocab_size=vocab_size, tied=False), target_modules=["lm_head"]
+            tiny_model("llama", vocab_size=vocab_size, tied=False),
+            target_modules=["lm_head"],
+            use_dora=use_dora,
         )
         model.requires_grad_(False)
         if trained:
             head_of(model).lora_A.requires_grad_(True)
             head_of(model).lora_B.requires_grad_(True)
+            head_of(model).lora_magnitude_vector.requires_grad_(True)
         hidden = torch.randn(num_tokens, 32, requires_grad=True)
         target = torch.arange(num_tokens)
         with LargestTensor() as largest:
@@ -253,10 +302,11 @@ class TestCheck:
     @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("factor", [1.0, 6.0])
+    @pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
     def test_no_false_alarm(
-        self, dtype: torch.dtype, adapter_dtype: torch.dtype, factor: float
+        self, dtype: torch.dtype, adapter_dtype: torch.dtype, factor: float, use_dora: bool
     ) -> None:
-        model = lora(tiny_model("llama", dtype=dtype), **HEAD)
+        model = lora(tiny_model("llama", dtype=dtype), **HEAD, use_dora=use_dora)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(adapter_dtype)
@@ -284,7 +334,10 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("config", "kind"),
         [
-            (LoraConfig(target_modules=["lm_head"], use_dora=True), "DoraLinearVariant of adapter"),
+            (
+                LoraConfig(target_modules=["lm_head"], use_dora=True, lora_dropout=0.1),
+                "DoRA adapter 'default' has dropout.* set lora_dropout=0",
+            ),
             (
                 LoraConfig(
                     target_modules=["lm_head"],
@@ -299,16 +352,26 @@ class TestRefused:
             ),
             (LoHaConfig(target_modules=["lm_head"]), "peft.tuners.loha.layer.Linear"),
         ],
-        ids=["DoRA", "aLoRA", "IA3", "LoHa"],
+        ids=["DoRA with dropout", "aLoRA", "IA3", "LoHa"],
     )
-    def test_what_is_more_than_lora(self, config: Any, kind: str) -> None:
+    def test_what_is_more_than_lora_and_dora(self, config: Any, kind: str) -> None:
         model = get_peft_model(tiny_model("llama"), config)
         with pytest.raises(ValueError, match=f'{kind}.*; drop the head .*use head="logits"'):
             attach_scoring(model)
         attach_scoring(model, head="logits")
 
-    def test_dora_that_is_switched_off_is_none(self) -> None:
-        model = lora(tiny_model("llama", tied=False), **HEAD, use_dora=True)
+    def test_dora_among_others(self) -> None:
+        model = lora(tiny_model("llama"), **HEAD)
+        model.add_adapter("second", LoraConfig(r=3, **HEAD, use_dora=True))
+        attach_scoring(model)
+        model.base_model.set_adapter(["default", "second"])
+        with pytest.raises(ValueError, match="DoRA adapter 'second' is active among others"):
+            score(model)
+        attach_scoring(model, head="logits")
+        score(model)
+
+    def test_an_adapter_that_is_switched_off_is_not_refused(self) -> None:
+        model = dora("llama", lora_dropout=0.1)
         with model.disable_adapter():
             assert_scores_are_own_logprob(model)
 

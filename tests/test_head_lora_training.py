@@ -1,4 +1,4 @@
-"""A run with a LoRA adapter on the output head is that with the model's own logits."""
+"""A run with a LoRA or DoRA adapter on the output head is that with the model's own logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEAD = "base_model.model.lm_head"
 
 
 def trained(
-    directory: Path, *, frozen_copy: bool, **config: Any
+    directory: Path, *, frozen_copy: bool, use_dora: bool, **config: Any
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Logs of three steps, and the weights behind them."""
     torch.manual_seed(0)
@@ -27,6 +27,7 @@ def trained(
         target_modules=["q_proj", "lm_head"],
         init_lora_weights=False,
         use_rslora=True,
+        use_dora=use_dora,
         task_type="CAUSAL_LM",
     )
     model = tiny_model("llama", seed=1)
@@ -56,10 +57,14 @@ def trained(
     return logs, {name: p.detach() for name, p in trainer.model.named_parameters()}
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("frozen_copy", [False, True], ids=["new adapter", "frozen copy"])
-def test_three_steps_equal_those_with_own_logits(frozen_copy: bool, tmp_path: Path) -> None:
-    expected, expected_weights = trained(tmp_path, frozen_copy=frozen_copy, head="logits")
-    logs, weights = trained(tmp_path, frozen_copy=frozen_copy)
+def test_three_steps_equal_those_with_own_logits(
+    frozen_copy: bool, use_dora: bool, tmp_path: Path
+) -> None:
+    kind = {"frozen_copy": frozen_copy, "use_dora": use_dora}
+    expected, expected_weights = trained(tmp_path, **kind, head="logits")
+    logs, weights = trained(tmp_path, **kind)
     assert len(logs) == 3 and all(log["grad_norm"] > 0.1 for log in logs)
     assert_equal_logs(expected, logs, kl_used=False)
     # The reference is the base model, or what the adapter was at first.
@@ -69,6 +74,7 @@ def test_three_steps_equal_those_with_own_logits(frozen_copy: bool, tmp_path: Pa
     base = tiny_model("llama", seed=1).lm_head.weight
     assert torch.equal(weights[f"{HEAD}.base_layer.weight"], base)
     if frozen_copy:
-        for factor in ("lora_A", "lora_B"):
+        for factor in ("lora_A", "lora_B", *["lora_magnitude_vector"] * use_dora):
             frozen, moved = (weights[f"{HEAD}.{factor}.{n}.weight"] for n in ("ref", "default"))
-            assert (frozen - moved).abs().max() > 1e-3
+            least = 3e-4 if factor == "lora_magnitude_vector" else 1e-3
+            assert (frozen - moved).abs().max() > least

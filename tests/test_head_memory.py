@@ -28,6 +28,8 @@ def measured(call: HeadCall, **options: Any) -> tuple[int, int]:
         for name, one in like.items():
             values = torch.randn(len(one), call.rank).mul_(0.05).to(one.dtype)
             extra[name] = values.requires_grad_()
+    if call.has_factor:
+        extra["factor"] = torch.linspace(0.5, 1.5, call.vocab_size).requires_grad_()
     target = torch.randint(call.vocab_size, (num_tokens,))
     target[: call.ignored_tokens] = -100
     memory_mib = call.memory_bytes / 2**20
@@ -125,6 +127,27 @@ def test_peaks_with_a_low_rank_addition_are_those_of_the_formula(
 ) -> None:
     """As large as the hidden size, so that its terms show."""
     call = call_of(num_tokens, dtype, trainable)._replace(rank=256)
+    expected, (forward, backward) = head_memory(call), measured(call)
+    assert forward == pytest.approx(expected.forward, rel=WITHIN)
+    assert backward == pytest.approx(expected.backward, rel=WITHIN)
+
+
+@pytest.mark.parametrize("rank", [0, 256])
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen head", "trainable head"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [100, 3000])
+def test_peaks_with_a_factor_are_those_of_the_formula(
+    num_tokens: int, dtype: torch.dtype, trainable: bool, rank: int
+) -> None:
+    call = call_of(num_tokens, dtype, trainable)._replace(rank=rank, has_factor=True)
+    expected, (forward, backward) = head_memory(call), measured(call)
+    assert forward == pytest.approx(expected.forward, rel=WITHIN)
+    assert backward == pytest.approx(expected.backward, rel=WITHIN)
+
+
+def test_the_copy_for_a_factor_is_counted_in_the_budget() -> None:
+    call = call_of(3000, torch.float32, trainable=False)
+    call = call._replace(hidden_size=4, memory_bytes=2**22, has_factor=True)
     expected, (forward, backward) = head_memory(call), measured(call)
     assert forward == pytest.approx(expected.forward, rel=WITHIN)
     assert backward == pytest.approx(expected.backward, rel=WITHIN)

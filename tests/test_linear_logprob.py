@@ -90,12 +90,18 @@ def test_nothing_that_stands_in_an_ignored_row_matters(place: Place, trained: bo
     inputs = make_inputs((12, 8, 50), torch.float32, place[0])
     ignored = inputs["target"] == -100
     hidden, weight = inputs["hidden"].detach(), inputs["weight"].detach()
+    factor = torch.linspace(0.5, 1.5, 50, device=place[0])
     gradients = []
     for filling in (0.0, float("nan")):
         leaves = [hidden.masked_fill(ignored[:, None], filling).requires_grad_()]
-        leaves += [weight.clone().requires_grad_()] * trained
+        if trained:
+            leaves += [weight.clone().requires_grad_(), factor.clone().requires_grad_()]
         scored = linear_logprob(
-            leaves[0], leaves[-1] if trained else weight, inputs["target"], backend=place[1]
+            leaves[0],
+            leaves[1] if trained else weight,
+            inputs["target"],
+            factor=leaves[2] if trained else None,
+            backend=place[1],
         )
         upstream = torch.ones_like(scored.logprob).masked_fill(ignored, filling)
         gradients.append(torch.autograd.grad(scored.logprob, leaves, upstream))
@@ -223,6 +229,50 @@ def test_a_low_rank_addition_equals_fp64(
     assert_equals_truth(inputs, place, softcap=4.0)
 
 
+def with_factor(inputs: dict[str, Any]) -> dict[str, Any]:
+    """And a low-rank addition; the factors are fp32, some negative, one zero, and one large."""
+    weight = inputs["weight"]
+    generator = torch.Generator().manual_seed(0)
+    for name, num_rows in (("extra_hidden", len(inputs["hidden"])), ("extra_weight", len(weight))):
+        value = torch.randn(num_rows, 3, generator=generator).to(weight.device, weight.dtype)
+        inputs[name] = value.requires_grad_()
+    factor = torch.randn(len(weight), generator=generator)
+    factor[3], factor[7] = 0.0, 20.0
+    return inputs | {"factor": factor.to(weight.device).requires_grad_()}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_factor_of_each_entry_equals_fp64(
+    place: Place, dtype: torch.dtype, transform: str
+) -> None:
+    """Which multiplies both products and not the bias: values and gradients of all inputs."""
+    inputs = with_factor(make_inputs((13, 24, 301), dtype, place[0], bias=True))
+    assert_equals_truth(inputs, place, **TRANSFORMS[transform])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("hidden",),
+        ("factor",),
+        ("weight", "factor"),
+        ("extra_hidden",),
+        ("hidden", "extra_hidden", "extra_weight", "factor"),  # DoRA
+    ],
+    ids=str,
+)
+def test_some_gradients_with_a_factor_equal_fp64(place: Place, asked: tuple[str, ...]) -> None:
+    """With a low-rank addition where one of it is asked for, else without."""
+    inputs = with_factor(make_inputs((13, 24, 301), torch.float32, place[0]))
+    if "extra_hidden" not in asked:
+        inputs["extra_hidden"] = inputs["extra_weight"] = None
+    for name, value in inputs.items():
+        if name != "target" and value is not None:
+            value.requires_grad_(name in asked)
+    assert_equals_truth(inputs, place, softcap=4.0)
+
+
 @pytest.mark.parametrize("low", ["hidden", "weight", "bias"])
 def test_inputs_of_different_dtypes_are_multiplied_in_fp32(place: Place, low: str) -> None:
     inputs = make_inputs((13, 24, 301), torch.float32, place[0], bias=True)
@@ -317,10 +367,15 @@ def test_a_row_scores_alike_whatever_the_other_rows_are(
         torch.testing.assert_close(scores.logprob, whole.logprob[:num_rows], rtol=0, atol=1e-5)
 
 
-def test_scores_are_the_same_to_the_bit_with_and_without_gradients(place: Place) -> None:
+@pytest.mark.parametrize("has_factor", [False, True], ids=["", "factor"])
+def test_scores_are_the_same_to_the_bit_with_and_without_gradients(
+    place: Place, has_factor: bool
+) -> None:
     inputs = make_inputs((40, 24, 301), torch.float32, place[0], bias=True)
+    if has_factor:
+        inputs["factor"] = torch.linspace(0.5, 1.5, 301, device=place[0]).requires_grad_()
     trained, _ = run(linear_logprob, inputs, backend=place[1], head_memory_mib=SMALL_MIB)
-    for name in ("weight", "bias"):
+    for name in inputs.keys() - {"hidden", "target"}:
         inputs[name].requires_grad_(False)
     frozen, _ = run(linear_logprob, inputs, backend=place[1], head_memory_mib=SMALL_MIB)
     with torch.no_grad():
@@ -329,6 +384,7 @@ def test_scores_are_the_same_to_the_bit_with_and_without_gradients(place: Place)
             inputs["weight"],
             inputs["target"],
             bias=inputs["bias"],
+            factor=inputs.get("factor"),
             backend=place[1],
             head_memory_mib=SMALL_MIB,
             stats=True,

@@ -92,10 +92,12 @@ def test_many_numbers_of_tokens_are_compiled_twice_at_most(place: Place, trainab
 
 
 def make_operands(dtype: torch.dtype, device: str) -> list[Tensor]:
-    """hidden, weight, bias and a low-rank addition, all with gradients, and the target."""
+    """hidden, weight, bias, a low-rank addition, a factor, all with gradients; the target."""
     inputs = make_inputs((7, 6, 30), dtype, device, bias=True)
     extra = (torch.randn(n, 2, dtype=dtype, device=device, requires_grad=True) for n in (7, 30))
-    return [*(inputs[name] for name in ("hidden", "weight", "bias")), *extra, inputs["target"]]
+    factor = torch.linspace(0.5, 1.5, 30, device=device).requires_grad_()
+    named = (inputs[name] for name in ("hidden", "weight", "bias"))
+    return [*named, *extra, factor, inputs["target"]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -109,7 +111,7 @@ def test_the_scoring_operator_keeps_pytorchs_rules(
     hidden, weight, bias, *extra, target = make_operands(dtype, device)
     inputs: tuple[Tensor | None, ...] = (hidden, weight, bias, *extra)
     if with_direction:
-        inputs = (hidden, weight.detach(), bias.detach(), None, None)
+        inputs = (hidden, weight.detach(), bias.detach(), None, None, None)
     transform = (1.5, 4.0, 0.7)
     rest = (dtype, stats, with_direction, backend, 10_000)
     arguments = (*inputs, target, -100, *transform, *rest)
@@ -119,8 +121,13 @@ def test_the_scoring_operator_keeps_pytorchs_rules(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "needs",
-    [[True] * 5, [False, True, False, False, False], [True, False, False, True, True]],
-    ids=["all", "weight", "low rank"],
+    [
+        [True] * 6,
+        [False, True, False, False, False, False],
+        [True, False, False, True, True, False],
+        [False, False, False, False, False, True],
+    ],
+    ids=["all", "weight", "low rank", "factor"],
 )
 def test_the_operator_of_the_gradients_keeps_pytorchs_rules(
     place: Place, needs: list[bool], dtype: torch.dtype

@@ -63,7 +63,12 @@ class Measured(NamedTuple):
 
 
 def measure(
-    regime: Regime, dtype: torch.dtype, place: Place, *, trainable: bool = True
+    regime: Regime,
+    dtype: torch.dtype,
+    place: Place,
+    *,
+    trainable: bool = True,
+    factor: Tensor | None = None,
 ) -> Measured:
     """Errors of log-probabilities and gradients; with a frozen head the weight's error is 0.
 
@@ -72,13 +77,14 @@ def measure(
     hidden, weight, target = make_regime(regime, dtype, place[0])
     weight.requires_grad_(trainable)
     upstream = torch.linspace(-1e-3, 1e-3, SHAPE[0], device=place[0])
+    options = regime.options | {"factor": factor}
     scores = linear_logprob(
-        hidden, weight, target, backend=place[1], head_memory_mib=0.2, **regime.options
+        hidden, weight, target, backend=place[1], head_memory_mib=0.2, **options
     )
     leaves = (hidden, weight) if trainable else (hidden,)
     gradients = torch.autograd.grad(scores.logprob, leaves, upstream)
     exact = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
-    truth = eager.linear_logprob(*exact, target, **regime.options)
+    truth = eager.linear_logprob(*exact, target, **options)
     true_gradients = torch.autograd.grad(truth.logprob, exact, upstream.double())
 
     size = true_gradients[0].norm(dim=1)
@@ -89,7 +95,8 @@ def measure(
     if trainable:
         flat = (gradients[1].flatten()[None], true_gradients[1].flatten()[None])
         weight_ratio = rounding_ratios(*flat, dtype)
-    largest_logit = (exact[0] @ exact[1].T).abs().max().item()
+    logits = exact[0] @ exact[1].T
+    largest_logit = (logits if factor is None else logits * factor).abs().max().item()
     return Measured(
         logprob=(scores.logprob - truth.logprob).abs().max().item(),
         tolerance=max(1e-4, largest_logit * 2**-20),
@@ -155,6 +162,23 @@ def gpu_tiles() -> Iterator[None]:
 @pytest.mark.parametrize("name", REGIMES)
 def test_error_with_16_bit_tiles_is_that_of_rounding(name: str, dtype: torch.dtype) -> None:
     assert_error_is_that_of_rounding(measure(REGIMES[name], dtype, ("cpu", "torch")))
+
+
+@pytest.mark.usefixtures("gpu_tiles")
+@pytest.mark.parametrize("largest", [1.5, 30.0])
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("name", [name for name in REGIMES if "offset" not in name])
+def test_a_factor_rounds_16_bit_tiles_once_more(
+    name: str, dtype: torch.dtype, largest: float
+) -> None:
+    """The target's own entry too, which is exact without. A large factor does not overflow."""
+    factor = torch.linspace(0.5, 1.5, SHAPE[2])
+    factor[::7] = largest
+    measured = measure(REGIMES[name], dtype, ("cpu", "torch"), factor=factor)
+    assert measured.logprob < measured.tolerance
+    assert measured.hidden_ratios.square().mean().sqrt() < 1.75
+    assert measured.hidden_ratios.max() < 4
+    assert measured.weight_ratio < 1.75
 
 
 @pytest.mark.usefixtures("gpu_tiles")

@@ -20,6 +20,7 @@ class Gradients(NamedTuple):
     bias: Tensor | None  # [V]
     extra_hidden: Tensor | None  # [N, E]
     extra_weight: Tensor | None  # [V, E]
+    factor: Tensor | None  # [V]
 
 
 class _Total:
@@ -56,6 +57,10 @@ class _Totals:
     The tiles hold gradients without the factor that a row has in common (`row_gradient`). The sums
     for tokens get it at their end. In those for the vocabulary it is a factor of the hidden states,
     as a share of the largest one, so that no 16-bit number underflows.
+
+    The vocabulary's factor (`operands.factor`) is common to all terms of a sum for the vocabulary,
+    which gets it at its end. For the sums of the tokens it multiplies the tile, as a share of the
+    largest one, so that no 16-bit number overflows.
     """
 
     def __init__(self, operands: Operands, row_gradient: Tensor, needs: tuple[bool, ...]) -> None:
@@ -66,20 +71,28 @@ class _Totals:
         self._scaled_hidden: Tensor | None = None
         self._row_scale = (row_gradient / unit)[:, None]
         of_token, of_entry = row_gradient[:, None] / GRADIENT_UNIT, unit / GRADIENT_UNIT
+        of_product = of_entry
+        self._tile_factor: Tensor | None = None
+        if operands.factor is not None:
+            factor = operands.factor.float()
+            factor_unit = factor.abs().amax().clamp_min(1.0)
+            self._tile_factor = factor / factor_unit
+            of_token, of_product = of_token * factor_unit, of_entry * factor[:, None]
         parts = (
             (operands.hidden, of_token),
-            (operands.weight, of_entry),
+            (operands.weight, of_product),
             (operands.bias, of_entry),
             (operands.extra_hidden, of_token),
-            (operands.extra_weight, of_entry),
+            (operands.extra_weight, of_product),
+            (operands.factor, of_entry),
         )
         self._all = tuple(
             _Total(part, factor) if needed and part is not None else None
             for (part, factor), needed in zip(parts, needs, strict=True)
         )
-        hidden, weight, bias, extra_hidden, extra_weight = self._all
+        hidden, weight, bias, extra_hidden, extra_weight, of_factor = self._all
         self.of_tokens = [total for total in (hidden, extra_hidden) if total]
-        self.of_vocabulary = [total for total in (weight, bias, extra_weight) if total]
+        self.of_vocabulary = [t for t in (weight, bias, extra_weight, of_factor) if t]
 
     @property
     def vocabulary_outside(self) -> bool:
@@ -91,19 +104,30 @@ class _Totals:
 
         return extra_bytes(self.of_tokens) < extra_bytes(self.of_vocabulary)
 
+    def products(self, tile: Tensor, rows: tuple[int, int]) -> Tensor | None:
+        """A copy of a tile without its factor, where the gradient of that is asked for.
+
+        Whatever stands in an ignored row becomes zero.
+        """
+        if self._all[-1] is None:
+            return None
+        return torch.where(self._row_scale[slice(*rows)] == 0, 0.0, tile)
+
     def add(
         self,
         rows: tuple[int, int],
         columns: tuple[int, int],
-        direction: Tensor,
+        direction: Tensor,  # overwritten
         hidden: Tensor,
         weight: Tensor,
+        products: Tensor | None,  # overwritten
     ) -> None:
         """Add what one tile gives."""
         operands = self._operands
-        of_hidden, of_weight, of_bias, of_extra_hidden, of_extra_weight = self._all
-        if of_hidden:
-            multiply_add(of_hidden.at(*rows), direction, weight)
+        of_hidden, of_weight, of_bias, of_extra_hidden, of_extra_weight, of_factor = self._all
+        if of_factor and products is not None:
+            row_scale = self._row_scale[slice(*rows), 0]
+            of_factor.at(*columns).addmv_(products.mul_(direction).t(), row_scale)
         if of_weight:
             if self._rows != rows:  # the same for all tiles of these tokens
                 self._rows, self._scaled_hidden = rows, None
@@ -113,13 +137,17 @@ class _Totals:
         if of_bias:
             ones = torch.ones_like(direction[:, :1])
             multiply_add(of_bias.at(*columns)[:, None], direction.t(), self._scaled(ones, rows))
+        if of_extra_weight and operands.extra_hidden is not None:
+            extra_hidden = operands.rounded(operands.extra_hidden[slice(*rows)])
+            part = of_extra_weight.at(*columns)
+            multiply_add(part, direction.t(), self._scaled(extra_hidden, rows))
+        if self._tile_factor is not None:
+            direction.mul_(self._tile_factor[slice(*columns)])
+        if of_hidden:
+            multiply_add(of_hidden.at(*rows), direction, weight)
         if of_extra_hidden and operands.extra_weight is not None:
             extra_weight = operands.rounded(operands.extra_weight[slice(*columns)])
             multiply_add(of_extra_hidden.at(*rows), direction, extra_weight)
-        if of_extra_weight and operands.extra_hidden is not None:
-            extra_hidden = operands.rounded(operands.extra_hidden[slice(*rows)])
-            scaled = self._scaled(extra_hidden, rows)
-            multiply_add(of_extra_weight.at(*columns), direction.t(), scaled)
 
     def _scaled(self, value: Tensor, rows: tuple[int, int]) -> Tensor:
         """[R, ...] times the row's factor; whatever stands in an ignored row becomes zero."""
@@ -138,13 +166,13 @@ def logits_gradients(
     other_sum: Tensor,
     row_gradient: Tensor,
     *,
-    needs: tuple[bool, bool, bool, bool, bool],
+    needs: tuple[bool, bool, bool, bool, bool, bool],
     memory_bytes: int,
 ) -> Gradients:
     """Gradients of sum(upstream * logprob), of the inputs that `needs` asks for.
 
     row_gradient: [N] fp32, upstream * (1 - p) * scale / temperature, zero at ignored rows.
-    needs: hidden, weight, bias, extra_hidden, extra_weight.
+    needs: hidden, weight, bias, extra_hidden, extra_weight, factor.
     """
     totals = _Totals(operands, row_gradient, needs)
     num_tokens, vocab_size = operands.hidden.shape[0], operands.weight.shape[0]
@@ -155,6 +183,8 @@ def logits_gradients(
     def add_tile(rows: tuple[int, int], columns: tuple[int, int]) -> None:
         hidden, weight = operands.hidden_rows(*rows), operands.weight_rows(*columns)
         tile = tiles.compute(rows, columns, hidden, weight)
+        products = totals.products(tile, rows)
+        operands.apply_factor(tile, columns)
         direction = tiles.result(tile)
         steps.gradient_tile(
             tile,
@@ -166,7 +196,7 @@ def logits_gradients(
             transform=operands.transform,
             direction=direction,
         )
-        totals.add(rows, columns, direction, hidden, weight)
+        totals.add(rows, columns, direction, hidden, weight, products)
 
     with ieee_products(operands):
         if totals.vocabulary_outside:

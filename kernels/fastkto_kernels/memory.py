@@ -17,9 +17,12 @@ the products (on a CPU these are fp32):
                                  them first
     trainable    8 R D           backward: hidden states times the upstream gradient
                  4 L D           fp32 sums of 16-bit gradients, the smaller of L = N + C, L = V + R
-    rank         m (R + C) E     a low-rank addition: its rows as the operands', and in backward
-                 8 R E + 4 L E   what a trainable head has, whose 8 R D are m R D by then; with a
-                                 frozen head the vocabulary's part of L D falls away
+    rank         m (R + C) E     a low-rank addition: its rows as the operands'
+                 m R E + 8 R E   backward, where it is more: what a trainable head has, whose 8 R D
+                 4 L E           are m R D by then; with a frozen head the vocabulary's part of L D
+                                 falls away
+    factor       4 R C           backward, where it needs a gradient: the products, copied
+                 8 V             it and its like in fp32
 
 From forward to backward N D numbers of the compute dtype's size, and those scales, are kept with a
 frozen head, in place of the hidden states, which nothing else needs then; with a trainable head or
@@ -53,6 +56,7 @@ class HeadCall(NamedTuple):
     temporaries: int = 0  # of a tile's size in fp32 beside it; 0 in Triton, up to 2 in PyTorch
     ignored_tokens: int = 0  # on a CPU
     device_type: str = "cuda"
+    has_factor: bool = False  # for each entry of the vocabulary, in fp32, which needs one too
 
 
 class HeadMemory(NamedTuple):
@@ -70,7 +74,7 @@ def head_memory(call: HeadCall) -> HeadMemory:
     rows, columns = tile_shape(
         call.num_tokens,
         call.vocab_size,
-        bytes_per_logit=call.bytes_per_logit + result_bytes,
+        bytes_per_logit=call.bytes_per_logit + result_bytes + 4 * call.has_factor,
         memory_bytes=call.memory_bytes,
         device_type=call.device_type,
     )
@@ -83,13 +87,14 @@ def head_memory(call: HeadCall) -> HeadMemory:
     if call.ignored_tokens:
         always += call.num_tokens * width * call.hidden_dtype.itemsize
     # with one tile
-    passing = weight_rows * width + max(
-        rows * columns * 4 * call.temporaries, (hidden_rows + weight_rows) * call.rank
-    )
-    if call.trainable or call.rank:
+    temporaries = rows * columns * 4 * call.temporaries
+    passing = weight_rows * width + max(temporaries, (hidden_rows + weight_rows) * call.rank)
+    if call.trainable or call.rank or call.has_factor:
         of_hidden = width * call.trainable
-        scaled = rows * max(8 * of_hidden, size * of_hidden + 8 * call.rank)
-        backward = always + passing + scaled + _sums(call, rows, columns)
+        of_rank = (hidden_rows + max(weight_rows, 8 * rows)) * call.rank
+        in_turn = max(8 * rows * of_hidden, size * rows * of_hidden + max(temporaries, of_rank))
+        backward = always + weight_rows * width + in_turn + _sums(call, rows, columns)
+        backward += (4 * rows * columns + 8 * call.vocab_size) * call.has_factor
         # Gradients are formed without the ignored tokens, and are spread when all else is done.
         row = (width + call.rank) * call.hidden_dtype.itemsize
         spread = row * call.num_tokens if call.ignored_tokens else 0

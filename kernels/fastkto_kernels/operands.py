@@ -13,7 +13,7 @@ from .tiles import LogitTransform
 class Operands(NamedTuple):
     """The inputs of the operation as the tile loops need them.
 
-    raw logits = hidden @ weight.T + extra_hidden @ extra_weight.T + bias
+    raw logits = factor * (hidden @ weight.T + extra_hidden @ extra_weight.T) + bias
     """
 
     hidden: Tensor  # [N, D]
@@ -24,6 +24,7 @@ class Operands(NamedTuple):
     target: Tensor  # [N] int64; a negative target is ignored
     compute_dtype: torch.dtype  # what is multiplied is rounded to it before
     transform: LogitTransform
+    factor: Tensor | None = None  # [V], never rounded
 
     @property
     def matmul_dtype(self) -> torch.dtype:
@@ -65,11 +66,16 @@ class Operands(NamedTuple):
         weight: Tensor,
         out: Tensor,
     ) -> None:
-        """Write the tile of `rows` and `columns`, but for the bias, which the steps add."""
+        """Write the tile of `rows` and `columns`, without the factor and without the bias."""
         multiply(hidden, weight.t(), out)
         if self.extra_hidden is not None and self.extra_weight is not None:
             extra_hidden = self.rounded(self.extra_hidden[slice(*rows)])
             multiply_add(out, extra_hidden, self.rounded(self.extra_weight[slice(*columns)]).t())
+
+    def apply_factor(self, tile: Tensor, columns: tuple[int, int]) -> None:
+        """Multiply the columns of the tile, in place; the steps add the bias to that."""
+        if self.factor is not None:
+            tile.mul_(self.factor[slice(*columns)].float())
 
 
 @contextmanager

@@ -52,8 +52,9 @@ def scan_logits(
     """The state of all N rows after all V logits, and the direction of the hidden gradient.
 
     One matmul's worth of work, two with the direction. Both are the same to the bit in all that
-    they have in common.
+    they have in common. There is no direction of logits with a factor.
     """
+    assert not with_direction or operands.factor is None
     num_rows, vocab_size = operands.hidden.shape[0], operands.weight.shape[0]
     device = operands.hidden.device
     state = RowState.empty(num_rows, device, stats=stats)
@@ -65,6 +66,7 @@ def scan_logits(
     ) -> None:
         weight = operands.weight_rows(*columns)
         tile = tiles.compute(rows, columns, hidden, weight)
+        operands.apply_factor(tile, columns)
         decay = torch.empty(hidden.shape[0], dtype=torch.float32, device=device)
         exponentials = None if total is None else tiles.result(tile)
         steps.fold_tile(
@@ -122,12 +124,12 @@ class Tiles:
     def __init__(self, operands: Operands, steps: Steps, memory_bytes: int) -> None:
         self._operands = operands
         dtype, device = operands.matmul_dtype, operands.hidden.device
-        needs_result = dtype != torch.float32
+        needs_result, needs_copy = dtype != torch.float32, operands.factor is not None
         self.num_rows, self.num_columns = tile_shape(
             operands.hidden.shape[0],
             operands.weight.shape[0],
             # counted where it is not needed too: a sweep has the same tiles with and without
-            bytes_per_logit=steps.BYTES_PER_LOGIT + needs_result * dtype.itemsize,
+            bytes_per_logit=steps.BYTES_PER_LOGIT + needs_result * dtype.itemsize + 4 * needs_copy,
             memory_bytes=memory_bytes,
             device_type=device.type,
         )
@@ -138,7 +140,7 @@ class Tiles:
     def compute(
         self, rows: tuple[int, int], columns: tuple[int, int], hidden: Tensor, weight: Tensor
     ) -> Tensor:
-        """[R, C] fp32 raw logits without the bias."""
+        """[R, C] fp32 raw logits without the factor and without the bias."""
         tile = self._logits.tile(hidden.shape[0], weight.shape[0])
         self._operands.raw_logits(rows, columns, hidden, weight, tile)
         return tile

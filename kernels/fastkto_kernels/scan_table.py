@@ -57,13 +57,15 @@ def blocks_for(operands: Operands) -> Blocks | None:
     """The configuration that the tables give for these operands; None: tiles have to do it.
 
     The kernel takes bf16 and fp16 products (IEEE fp32 ones find no tensor cores), no low-rank
-    addition, and a weight in the dtype of the products or in fp32 that is read 16 bytes at a time.
+    addition and no factor, and a weight in the dtype of the products or in fp32 that is read 16
+    bytes at a time.
     """
     weight, dtype = operands.weight, operands.compute_dtype
     vocab_size, hidden_size = weight.shape
     is_supported = (
         dtype in (torch.float16, torch.bfloat16)
         and operands.extra_hidden is None
+        and operands.factor is None
         and weight.dtype in (dtype, torch.float32)
         and weight.stride(1) == 1
         and hidden_size % ALIGNMENT == weight.stride(0) % ALIGNMENT == 0
