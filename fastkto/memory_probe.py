@@ -183,12 +183,13 @@ def _measure_pass(
         kept, weight_copies = live.now, live.weight_copies
         if not gradient:
             return PassBytes(forward, 0, 0, scoring, 0, 0, 0, 0, 0, 0)
-        hidden.register_hook(end_part)
+        if hidden.requires_grad:  # not where the head alone is trained
+            hidden.register_hook(end_part)
         del hidden
         loss.backward()
         peaks.append(live.restart_peak())
-    nothing = (0, 0)  # where the embedding's output needs no gradient
-    (head, backward, end), gradients = zip(*[*peaks, nothing][:3], strict=True)
+    nothing = (0, 0)  # where what the decoder returns, or the embedding, needs no gradient
+    (head, backward, end), gradients = zip(*[*peaks, nothing, nothing][:3], strict=True)
     return PassBytes(
         forward, kept, weight_copies, scoring, head + unmeasured, backward, end, *gradients
     )

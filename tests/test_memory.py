@@ -29,6 +29,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "LoRA, checkpointed": {"lora": True, "gradient_checkpointing": True},
     "LoRA on the head": {"lora": ["q_proj", "lm_head"]},
     "LoRA on the head, bf16 autocast": {"lora": ["q_proj", "lm_head"], "bf16": True},
+    "LoRA on the head alone": {"lora": ["lm_head"], "model": {"hidden_size": 512}},
     "DoRA on the head": {"lora": ["q_proj", "lm_head"], "use_dora": True},
     "bf16 autocast": {"bf16": True},
     "LoRA, bf16 autocast, checkpointed": {
