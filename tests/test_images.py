@@ -127,8 +127,9 @@ def test_text_prompts_and_one_image_a_row() -> None:
     ("change", "message"),
     [
         ({"images": []}, "row 7 with 0 images .* more than 0 image blocks"),
-        ({"prompt": "the"}, "row 7 with 1 images .* Found total 0 <image> tokens"),
+        ({"prompt": "the", "completion": "a"}, "row 7 with 1 images .* LlavaProc"),
         ({"completion": "<image>", "prompt": "<image>"}, "row 7 .* no images were passed"),
+        ({"images": [], "prompt": "<image>", "completion": "a"}, "row 7 .* no images were passed"),
         ({"completion": "", "prompt": "<image>"}, "row 7 has a completion without tokens"),
         ({"label": "maybe"}, "row 7 has the label 'maybe'"),
         ({"images": ["no such file"]}, "row 7 with 1 images cannot be processed by LlavaProc"),

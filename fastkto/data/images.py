@@ -154,6 +154,18 @@ class ImageCollator:
         self, number: int, images: list[Any], prompt_ids: list[int], completion_ids: list[int]
     ) -> None:
         """Raise ValueError for a row that cannot be scored."""
+        placeholder = getattr(self.processor, "image_token_id", None)
+        # which processors of older transformers do not check
+        if placeholder in (completion_ids if images else prompt_ids + completion_ids):
+            raise ValueError(
+                f"row {number} has a placeholder for which no images were passed; take it out of "
+                "the text, or add the image (a completion has none)"
+            )
+        if images and placeholder is not None and placeholder not in prompt_ids:
+            raise ValueError(
+                f"row {number} with {len(images)} images has no placeholder for them in its "
+                f"prompt, as {type(self.processor).__name__} writes one; add one for each"
+            )
         if not completion_ids:
             raise ValueError(
                 f"row {number} has a completion without tokens; the processor or its chat template "
