@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -19,6 +21,7 @@ import fastkto.cli.train
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.checkpoints import is_whole, last_whole_checkpoint
 from fastkto.cli import main
+from fastkto.data.load import load_rows
 from fastkto.full_disk import FullDiskError, explaining_full_disk
 from fastkto.score_store import FILE_NAME, ReferenceCacheError
 from tests.cli_files import read_logs, save_model, write_rows
@@ -63,7 +66,9 @@ class After(TrainerCallback):
             self.happen()
 
 
-def trainer(output_dir: Path, **arguments: Any) -> KTOTrainer:
+def trainer(
+    output_dir: Path, *, train_dataset: datasets.Dataset | None = None, **arguments: Any
+) -> KTOTrainer:
     defaults = SHORT_RUN | {
         "max_steps": STEPS,
         "save_strategy": "steps",
@@ -76,7 +81,7 @@ def trainer(output_dir: Path, **arguments: Any) -> KTOTrainer:
         ref_model=tiny_model("llama", seed=2),
         args=KTOConfig(output_dir=str(output_dir), **{**defaults, **arguments}),
         processing_class=tiny_tokenizer(),
-        train_dataset=text_rows(STEPS * 4),
+        train_dataset=text_rows(STEPS * 4) if train_dataset is None else train_dataset,
     )
 
 
@@ -293,6 +298,33 @@ def test_metrics_that_find_no_room_are_written_by_a_resumed_run(
     assert main([*argv, "--resume_from_checkpoint"]) == 0
     check_equal(read_logs(out), read_logs(out / "checkpoint-6"))
     assert (out / "training.png").stat().st_size > 0
+
+
+# ---- Before training ----
+
+
+def test_data_that_find_no_room_in_their_cache(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", disk / "cache")
+    file = write_rows(tmp_path / "rows.jsonl", text_rows(STEPS * 4).to_list())
+    way_on = "MiB are free now). Nothing else is lost: make room, or set HF_DATASETS_CACHE to a "
+    fill(disk)
+    with pytest.raises(FullDiskError, match=re.escape(way_on)) as raised:
+        load_rows(file)
+    text = f"the disk is full, which cut the preparation of {file} in {disk / 'cache'} short"
+    assert str(raised.value).startswith(text)
+
+    empty(disk)
+    rows = load_rows(file)
+    fill(disk)
+    with pytest.raises(FullDiskError, match=re.escape(way_on)) as raised:
+        trainer(tmp_path / "out", train_dataset=rows)
+    text = f"the disk is full, which cut the preparation of the train data in {disk / 'cache'} "
+    assert str(raised.value).startswith(text)
+
+    empty(disk)
+    trainer(tmp_path / "out", train_dataset=rows)
 
 
 # ---- Other files of a run ----

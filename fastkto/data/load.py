@@ -6,6 +6,8 @@ from pathlib import Path
 from datasets import Dataset, Features, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
+from fastkto.full_disk import FullDiskError, explaining_full_cache
+
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 # What datasets raises for data it cannot read; StopIteration is a file of empty lines.
@@ -22,21 +24,18 @@ def load_rows(
     wrote, or a data set repository. `split` may have a slice, as in train[:100]; `config` names
     one of several data sets in a repository.
 
-    Raises FileNotFoundError for a missing file, folder or hub name, and ValueError for one that
-    cannot be read.
+    Raises FileNotFoundError for a missing file, folder or hub name, ValueError for one that cannot
+    be read, and FullDiskError if the data sets' cache finds no room.
     """
     path = Path(path_or_name).expanduser()
     is_path = path.is_absolute() or str(path_or_name).startswith((".", "~"))
     if not path.exists() and (is_path or path.suffix.lower() in BUILDERS):
         raise FileNotFoundError(f"there is no file or folder {path}")
     try:
-        if path.is_file():
-            return _load_file(path, split)
-        if (path / "state.json").exists():
-            return load_from_disk(str(path))
-        if (path / "dataset_dict.json").exists():
-            return load_from_disk(str(path))[split]
-        return load_dataset(str(path) if path.exists() else str(path_or_name), config, split=split)
+        with explaining_full_cache(str(path_or_name)):
+            return _load(path, str(path_or_name), split, config)
+    except FullDiskError:
+        raise
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"{path_or_name} is no local file or folder, and the hub gave no such data set: {error}"
@@ -45,6 +44,16 @@ def load_rows(
         cause = error.__cause__ or error
         detail = "it has no rows" if isinstance(error, StopIteration) else f"{cause}"
         raise ValueError(f"cannot read split {split!r} of {path_or_name}: {detail}") from error
+
+
+def _load(path: Path, name: str, split: str, config: str | None) -> Dataset:
+    if path.is_file():
+        return _load_file(path, split)
+    if (path / "state.json").exists():
+        return load_from_disk(str(path))
+    if (path / "dataset_dict.json").exists():
+        return load_from_disk(str(path))[split]
+    return load_dataset(str(path) if path.exists() else name, config, split=split)
 
 
 def _load_file(path: Path, split: str) -> Dataset:

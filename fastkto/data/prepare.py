@@ -10,6 +10,7 @@ from fastkto.config import KTOConfig
 from fastkto.data import images
 from fastkto.data.pairing import DATASET_PAIRING, MISMATCHED_COLUMN
 from fastkto.data.rows import RowReport, prepare_rows
+from fastkto.full_disk import explaining_full_cache
 from fastkto.processing import tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,16 @@ def prepare_data(
             f"the {name} data is a {type(dataset).__name__}; pass a datasets.Dataset or "
             "IterableDataset, for example Dataset.from_list(rows)"
         )
+    with explaining_full_cache(f"the {name} data"):
+        return _prepare(dataset, name, processing, args)
+
+
+def _prepare(
+    dataset: AnyDataset,
+    name: str,
+    processing: PreTrainedTokenizerBase | ProcessorMixin,
+    args: KTOConfig,
+) -> tuple[AnyDataset, dict[str, RowReport]]:
     if set(COLUMNS) <= set(dataset.column_names or ()):
         return _paired(dataset, name, args), {}
     if images.has_images(dataset):
