@@ -99,6 +99,7 @@ def test_the_docs_list_every_field_and_argument() -> None:
     assert not missing
 
 
+@pytest.mark.slow
 def test_torch_compile_trains_the_same(tmp_path: Path) -> None:
     """With a backend that needs no C compiler."""
     logs = []

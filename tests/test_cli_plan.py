@@ -43,6 +43,7 @@ def rows(output: str) -> dict[str, float]:
     return {name: float(number) for name, number in found}
 
 
+@pytest.mark.slow
 def test_the_rows_add_up_to_the_total(capsys: pytest.CaptureFixture[str], model: str) -> None:
     output = planned(capsys, "--model", model, "--memory=24GB", "--max_length=65536")
     numbers = rows(output.partition("one pass of")[0])

@@ -339,7 +339,7 @@ def test_disable_tqdm_hides_the_progress_bar(
 # ---- Two ranks, of which one finds its rows ----
 
 
-@pytest.fixture(scope="module", params=[pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
 def two_ranks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Any]]:
@@ -350,6 +350,7 @@ def two_ranks(
     return wrapping, torch.load(directory / "runs.pt")
 
 
+@pytest.mark.slow
 def test_only_one_rank_finds_its_rows_to_evaluate(two_ranks: tuple[str, dict[str, Any]]) -> None:
     _, half_known, known, expected = two_ranks[1]["evaluations"]
     assert half_known["eval_ref_cache_hits"] == half_known["eval_ref_cache_misses"] == 8
@@ -360,6 +361,7 @@ def test_only_one_rank_finds_its_rows_to_evaluate(two_ranks: tuple[str, dict[str
             assert known[name] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["stream", "ahead"])
 def test_only_one_rank_finds_its_rows_to_train_on(
     case: str, two_ranks: tuple[str, dict[str, Any]]

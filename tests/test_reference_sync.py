@@ -146,6 +146,7 @@ def assert_same_run(expected: dict[str, Any], actual: dict[str, Any]) -> None:
         torch.testing.assert_close(actual["weights"][name], weight, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_resume_with_the_moved_reference(case: str, ddp_runs: Path) -> None:
     for rank in range(WORLD_SIZE):
@@ -161,6 +162,7 @@ def test_a_divided_reference_is_resumed(case: str, fsdp_runs: Path) -> None:
     assert_same_run(runs["complete"], runs["resumed"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_move_it_as_one_and_one_resumes_theirs(
     case: str, ddp_runs: Path, runs_alone: Path
@@ -171,6 +173,7 @@ def test_two_processes_move_it_as_one_and_one_resumes_theirs(
     assert_same_run(two["complete"], one["resumed"])
 
 
+@pytest.mark.slow
 def test_the_first_rank_saves_what_all_have(ddp_runs: Path) -> None:
     """So that a copy of the first machine's checkpoint is enough for the others."""
     folder = ddp_runs / "model" / "checkpoint-3" / "reference"

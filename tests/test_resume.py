@@ -23,7 +23,14 @@ def training_logs(output_dir: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in log.items() if not k.endswith(TIMES)} for log in logs]
 
 
-@pytest.mark.parametrize("flags", [[], ["--use_peft", "--lora_r=4", "--lora_dropout=0.5"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["--use_peft", "--lora_r=4", "--lora_dropout=0.5"],
+    ],
+    ids=["full", "LoRA"],
+)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
