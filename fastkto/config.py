@@ -161,7 +161,7 @@ class KTOConfig(TrainingArguments):
             "help": "The completion a prompt is paired with for the KL estimate. 'rotate': that of "
             "the row before in its batch, as TRL's in the order of the data. 'distinct': where "
             "possible, that of another prompt. 'dataset': that of the row before in the data set, "
-            "in blocks of per_device_train_batch_size, exactly as in TRL.",
+            "in blocks of per_device_train_batch_size, as in TRL whatever the order.",
             "choices": [*KL_PAIRINGS, DATASET_PAIRING],
         },
     )
@@ -303,8 +303,8 @@ class KTOConfig(TrainingArguments):
 
     @property
     def needs_partners(self) -> bool:
-        """Whether each row has to be paired with another; batches may bring mismatched ones."""
-        return self.needs_kl
+        """Whether the rows that meet are paired; batches may bring mismatched sequences."""
+        return self.needs_kl and self.kl_pairing != DATASET_PAIRING
 
 
 KTOConfig._VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]

@@ -6,24 +6,25 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
 from fastkto.checkpoints import last_whole_checkpoint
 
-# In the text of an error, since safetensors' and distributed checkpoints' have no errno.
-_FULL = {
-    os.strerror(errno.ENOSPC): "the disk is full",
-    os.strerror(errno.EDQUOT): "the disk's quota is used up",
-    "Not enough disk space": "the disk is full",  # datasets', before it writes
-}
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk's quota is used up"}
+# Errors that have no errno, but the text of one, or what datasets says before it writes.
+_WITH_TEXT = (SafetensorError, CheckpointException, OSError)
+_TEXTS = {os.strerror(number): cause for number, cause in _FULL.items()}
+_TEXTS["Not enough disk space"] = _FULL[errno.ENOSPC]
 _OF_TORCH_SAVE = ("inline_container.cc", "iostream error")  # it does not say why it cannot write
 _MIB = 2**20
 
 
-class FullDiskError(OSError):
-    """The disk filled while a run wrote to it."""
+class WriteError(OSError):
+    """What a run wrote was cut short, as a rule because the disk is full."""
 
 
 @contextmanager
@@ -32,16 +33,26 @@ def explaining_full_disk(folder: str | Path, output_dir: str | Path) -> Iterator
 
     `output_dir` holds the run's checkpoints. Errors with another cause stay what they are.
     """
-    with _explaining(Path(folder), f"the saving of {folder}", lambda: _way_on(output_dir)):
+    with _explaining(Path(folder), f"the saving of {folder}", lambda: _way_on(folder, output_dir)):
         yield
 
 
 @contextmanager
-def explaining_full_cache(data: str) -> Iterator[None]:
-    """Have an error from preparing `data` say that the disk of the data sets' cache is full."""
-    folder = datasets.config.HF_DATASETS_CACHE
-    way_on = "Nothing else is lost: make room, or set HF_DATASETS_CACHE to a folder on another disk"
-    with _explaining(Path(folder), f"the preparation of {data} in {folder}", lambda: way_on):
+def explaining_full_cache(data: str, dataset: Any = None) -> Iterator[None]:
+    """Have an error from preparing `data` say that the disk of the data sets' cache is full.
+
+    What is made of a `dataset` with files is written beside them.
+    """
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    files = getattr(dataset, "cache_files", None)
+    folder = Path(files[0]["filename"]).parent if files else cache
+    elsewhere = (
+        "set HF_DATASETS_CACHE to a folder on another disk"
+        if folder.is_relative_to(cache)
+        else "move the data to another disk"
+    )
+    way_on = f"Nothing else is lost: make room, or {elsewhere}"
+    with _explaining(folder, f"the preparation of {data} in {folder}", lambda: way_on):
         yield
 
 
@@ -49,36 +60,41 @@ def explaining_full_cache(data: str) -> Iterator[None]:
 def _explaining(folder: Path, what: str, way_on: Callable[[], str]) -> Iterator[None]:
     try:
         yield
-    except FullDiskError:
+    except WriteError:
         raise  # an inner block has explained it
     except (Exception, CheckpointException) as error:
         free = _free_bytes(folder)
-        cause = _cause(" ".join(_texts(error)), free)
+        cause = next(filter(None, (_cause(one, free) for one in _chain(error))), None)
         if cause is None:
             raise
-        raise FullDiskError(
+        raise WriteError(
             f"{cause}, which cut {what} short ({free / _MIB:.1f} MiB are free now). {way_on()}"
         ) from error
 
 
-def _texts(error: BaseException | None) -> Iterator[str]:
-    """Of an error and those that it came from."""
-    while error is not None:
-        yield str(error)
-        error = error.__cause__ or error.__context__
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came from."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        yield error
+        seen.append(error)
+        context = None if error.__suppress_context__ else error.__context__
+        error = error.__cause__ or context
 
 
-def _cause(text: str, free: int) -> str | None:
-    for sign, cause in _FULL.items():
-        if sign in text:
-            return cause
-    if any(sign in text for sign in _OF_TORCH_SAVE):
-        return _FULL[os.strerror(errno.ENOSPC)] if free < _MIB else "PyTorch could not write a file"
+def _cause(error: BaseException, free: int) -> str | None:
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return _FULL.get(error.errno)
+    if isinstance(error, _WITH_TEXT):
+        return next((cause for sign, cause in _TEXTS.items() if sign in text), None)
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _OF_TORCH_SAVE):
+        return _FULL[errno.ENOSPC] if free < _MIB else "PyTorch could not write a file"
     return None
 
 
-def _way_on(output_dir: str | Path) -> str:
-    last = last_whole_checkpoint(output_dir)
+def _way_on(folder: str | Path, output_dir: str | Path) -> str:
+    last = last_whole_checkpoint(output_dir, before=Path(folder))
     if last is None:
         return f"{output_dir} has no whole checkpoint: make room and start from the beginning"
     return (

@@ -1,7 +1,8 @@
 """Fills the reference cache before the first step, as far as it is known what a run will ask for.
 
 Every row's own sequence is known where a data set has a length. The mismatched sequences depend on
-which rows meet in a batch, and so on the order: they are known where that is the data set's own.
+which rows meet in a batch, and so on the order: they are known where that is the data set's own, or
+rows are paired before there are batches.
 """
 
 from __future__ import annotations

@@ -513,9 +513,15 @@ class KTOTrainer(Trainer):
         checkpoint = Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with explaining_full_disk(checkpoint, folder):
             if self.args.should_save:
-                make_way(checkpoint, self.args.save_total_limit)
+                start = str(getattr(self.model.config, "_name_or_path", ""))
+                make_way(checkpoint, self.args.save_total_limit, start)
             self.create_model_card()
             super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The trainer's state, which comes next, says that all ranks have written theirs.
+        self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

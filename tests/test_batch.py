@@ -32,6 +32,7 @@ from fastkto.data.batch import (
     prompt_key,
     split_rows,
 )
+from fastkto.data.pairing import MISMATCHED_COLUMN
 from fastkto.data.prepare import prepare_data
 from fastkto.data.rows import prepare_rows
 from fastkto.window import pair_window
@@ -162,6 +163,27 @@ def test_pairs_of_the_data_set_keep_their_end_if_rows_do(tmp_path: Path) -> None
     expected = sequences(batch)[1]
     given_ones = given_mismatched(batch, MAX_LENGTH)
     assert [(one.prompt.tolist(), one.completion.tolist()) for one in given_ones] == expected
+
+
+def test_pairs_of_the_data_set_are_left_out_of_a_run_that_does_not_ask_for_them(
+    tmp_path: Path,
+) -> None:
+    asked = KTOConfig(output_dir=str(tmp_path), kl_pairing="dataset")
+    for data in (dataset(), dataset().to_iterable_dataset()):
+        paired, _ = prepare_data(data, "train", tiny_tokenizer(), asked)
+        assert MISMATCHED_COLUMN in next(iter(paired))
+        for other in ({}, {"kl_pairing": "dataset", "loss_type": "apo_zero_unpaired"}):
+            args = KTOConfig(output_dir=str(tmp_path), **other)
+            rows, _ = prepare_data(paired, "train", tiny_tokenizer(), args)
+            assert MISMATCHED_COLUMN not in next(iter(rows))
+
+
+def test_pairs_of_the_data_set_are_formed_of_rows_with_a_format(tmp_path: Path) -> None:
+    args = KTOConfig(output_dir=str(tmp_path), kl_pairing="dataset", max_length=MAX_LENGTH)
+    expected, _ = prepare_data(prepared(), "train", tiny_tokenizer(), args)
+    for name in ("numpy", "torch", "arrow"):
+        rows, _ = prepare_data(prepared().with_format(name), "train", tiny_tokenizer(), args)
+        assert list(rows) == list(expected)
 
 
 def test_pairs_of_the_data_set_have_to_be_in_a_batch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 import subprocess
@@ -19,12 +20,13 @@ from transformers import TrainerCallback
 
 import fastkto.cli.train
 from fastkto import KTOConfig, KTOTrainer
-from fastkto.checkpoints import is_whole, last_whole_checkpoint
+from fastkto.checkpoints import is_whole, last_whole_checkpoint, make_way
 from fastkto.cli import main
 from fastkto.data.load import load_rows
-from fastkto.full_disk import FullDiskError, explaining_full_disk
+from fastkto.full_disk import WriteError, explaining_full_disk
 from fastkto.score_store import FILE_NAME, ReferenceCacheError
 from tests.cli_files import read_logs, save_model, write_rows
+from tests.launch import launch
 from tests.models import tiny_model, tiny_tokenizer
 from tests.short_run import SHORT_RUN
 from tests.trl_runs import text_rows
@@ -142,7 +144,7 @@ def test_disk_that_fills_in_a_checkpoint_costs_that_checkpoint_only(
 
     run = trainer(out, save_total_limit=1)
     run.add_callback(After(3, leave_too_little))
-    with pytest.raises(FullDiskError) as raised:
+    with pytest.raises(WriteError) as raised:
         run.train()
     second = out / "checkpoint-4"
     assert type(raised.value.__cause__) is error
@@ -230,7 +232,7 @@ def test_without_a_whole_checkpoint_the_error_says_so(disk: Path) -> None:
     run = trainer(disk / "out")
     run.add_callback(After(1, lambda: fill(disk)))
     text = f"{disk / 'out'} has no whole checkpoint: make room and start from the beginning"
-    with pytest.raises(FullDiskError, match=text):
+    with pytest.raises(WriteError, match=text):
         run.train()
 
 
@@ -241,7 +243,7 @@ def test_checkpoint_of_another_run_is_not_taken_for_the_one_that_was_cut_short(
     trainer(out, max_steps=4).train()
     other = trainer(out, learning_rate=0.01)
     other.add_callback(After(3, lambda: fill(disk, 10 * PAGE)))
-    with pytest.raises(FullDiskError, match=f"{out / 'checkpoint-2'} is whole"):
+    with pytest.raises(WriteError, match=f"{out / 'checkpoint-2'} is whole"):
         other.train()
     assert not is_whole(out / "checkpoint-4")
 
@@ -258,6 +260,59 @@ def test_leftover_of_a_full_disk_does_not_outlive_whole_checkpoints(tmp_path: Pa
     assert not leftover.exists() and of_another.exists()
 
 
+def test_only_what_was_cut_short_makes_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    states = {
+        5: '{"a_field_of_another_version": 1}',
+        6: "null",
+        7: '{"cut',
+        8: None,
+        9: None,
+        1: None,
+    }
+    for step, state in states.items():
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-8" / "trainer_state.json").mkdir()  # cannot be read
+    start = str(tmp_path / "checkpoint-9")
+    for limit in (None, 0, -1):
+        make_way(tmp_path / "checkpoint-2", limit, start)
+        assert len(list(tmp_path.iterdir())) == len(states)
+    make_way(tmp_path / "checkpoint-2", 1, start)
+    left = {folder.name.removeprefix("checkpoint-") for folder in tmp_path.iterdir()}
+    assert left == {"1", "5", "8", "9"}
+    deleted = {record.args[0].name for record in caplog.records}
+    assert deleted == {"checkpoint-6", "checkpoint-7"}
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+
+
+def test_checkpoint_of_an_earlier_run_with_more_steps_is_not_the_way_on(tmp_path: Path) -> None:
+    for step in (2, 40):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    with (
+        pytest.raises(WriteError, match=f"{tmp_path / 'checkpoint-2'} is whole"),
+        explaining_full_disk(tmp_path / "checkpoint-4", tmp_path),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
+def test_checkpoint_is_not_whole_before_every_rank_has_written(tmp_path: Path) -> None:
+    cut = tmp_path / "checkpoint-4"
+    cut.mkdir()
+    (cut / "rng_state_1.pth").symlink_to("/dev/full")
+    with pytest.raises(AssertionError):
+        launch(Path(__file__).parent / "full_disk_run.py", tmp_path, processes=2)
+    error = (tmp_path / "error 1").read_text()
+    assert f"{cut} short (" in error and f"{tmp_path / 'checkpoint-2'} is whole: make" in error
+    assert (cut / "rng_state_0.pth").exists() and not (cut / "trainer_state.json").exists()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
 # ---- After training ----
 
 
@@ -266,9 +321,9 @@ def test_final_model_that_finds_no_room_is_saved_by_a_resumed_run(disk: Path) ->
     run = trainer(out)
     run.train()
     fill(disk)
-    with pytest.raises(FullDiskError, match=f"saving of {out} short .*{out}/checkpoint-6 is whole"):
+    with pytest.raises(WriteError, match=f"saving of {out} short .*{out}/checkpoint-6 is whole"):
         run.save_model()
-    with pytest.raises(FullDiskError, match=f"saving of {disk}/new short .*checkpoint-6 is whole"):
+    with pytest.raises(WriteError, match=f"saving of {disk}/new short .*checkpoint-6 is whole"):
         run.save_model(str(disk / "new"))
     assert not (out / "model.safetensors").exists()
 
@@ -310,7 +365,7 @@ def test_data_that_find_no_room_in_their_cache(
     file = write_rows(tmp_path / "rows.jsonl", text_rows(STEPS * 4).to_list())
     way_on = "MiB are free now). Nothing else is lost: make room, or set HF_DATASETS_CACHE to a "
     fill(disk)
-    with pytest.raises(FullDiskError, match=re.escape(way_on)) as raised:
+    with pytest.raises(WriteError, match=re.escape(way_on)) as raised:
         load_rows(file)
     text = f"the disk is full, which cut the preparation of {file} in {disk / 'cache'} short"
     assert str(raised.value).startswith(text)
@@ -318,13 +373,30 @@ def test_data_that_find_no_room_in_their_cache(
     empty(disk)
     rows = load_rows(file)
     fill(disk)
-    with pytest.raises(FullDiskError, match=re.escape(way_on)) as raised:
+    with pytest.raises(WriteError, match=re.escape(way_on)) as raised:
         trainer(tmp_path / "out", train_dataset=rows)
-    text = f"the disk is full, which cut the preparation of the train data in {disk / 'cache'} "
+    text = f"the disk is full, which cut the preparation of the train data in {disk / 'cache'}/"
     assert str(raised.value).startswith(text)
 
     empty(disk)
     trainer(tmp_path / "out", train_dataset=rows)
+
+
+def test_data_that_find_no_room_beside_their_files(disk: Path, tmp_path: Path) -> None:
+    text_rows(STEPS * 4).save_to_disk(disk / "rows")
+    rows = load_rows(disk / "rows")
+    fill(disk)
+    text = f"the disk is full, .* in {disk / 'rows'} short .* make room, or move the data to "
+    with pytest.raises(WriteError, match=text):
+        trainer(tmp_path / "out", train_dataset=rows)
+
+
+def test_error_that_was_met_on_the_way_to_another_is_not_its_cause(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="another"), explaining_full_disk(tmp_path, tmp_path):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise KeyError("another") from None
 
 
 # ---- Other files of a run ----
@@ -414,14 +486,20 @@ def test_errors_of_all_writers_are_explained(
     tmp_path: Path, error: BaseException, text: str
 ) -> None:
     with (
-        pytest.raises(FullDiskError, match=text),
+        pytest.raises(WriteError, match=text),
         explaining_full_disk(tmp_path / "not/made", tmp_path),
     ):
         raise error
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(13, "Permission denied"), RuntimeError("CUDA error"), KeyboardInterrupt()]
+    "error",
+    [
+        OSError(13, "Permission denied"),
+        RuntimeError("CUDA error"),
+        ValueError("row 3 has the label 'No space left on device'"),
+        KeyboardInterrupt(),
+    ],
 )
 def test_other_errors_stay_what_they_are(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)) as raised, explaining_full_disk(tmp_path, tmp_path):

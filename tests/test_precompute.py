@@ -118,8 +118,9 @@ def lora(**fields: Any) -> LoraConfig:
         {"train_dataset": text_rows(14)},  # the last batch is short
         {"gradient_accumulation_steps": 2, "kl_scope": "window", "max_steps": 3},
         {"loss_type": "apo_zero_unpaired", "train_sampling_strategy": "random"},
+        {"kl_pairing": "dataset", "train_sampling_strategy": "random"},
     ],
-    ids=["batch", "window", "apo"],
+    ids=["batch", "window", "apo", "pairs of the data set"],
 )
 def test_every_sequence_is_scored_before_the_first_step_and_the_numbers_stay(
     settings: dict[str, Any], tmp_path: Path

@@ -226,7 +226,7 @@ def test_pairs_in_evaluation_are_those_of_its_own_batches(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "run",
     [
-        {"per_device_eval_batch_size": 2},
+        {"per_device_eval_batch_size": 1},
         {"train_dataset": text_rows(13), "max_steps": 4},  # a batch of one row
         {"train_dataset": text_rows(13).to_iterable_dataset(), "max_steps": 4},
         {"precompute_ref_log_probs": True},
@@ -238,7 +238,7 @@ def test_pairs_in_evaluation_are_those_of_its_own_batches(tmp_path: Path) -> Non
 def test_equal_with_pairs_of_the_data_set(run: dict[str, Any], tmp_path: Path) -> None:
     """Without a condition on batches: those of evaluation are smaller, the last may be one row."""
     run = {**models(), "train_dataset": text_rows(), **run}
-    run |= {"eval_dataset": text_rows(7, seed=9), "per_device_eval_batch_size": 3}
+    run = {"eval_dataset": text_rows(7, seed=9), "per_device_eval_batch_size": 3} | run
     ours = {"kl_pairing": "dataset", "reference_cache": None}
     if "precompute_ref_log_probs" in run:
         ours["reference_cache"] = str(tmp_path / "cache")

@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-from fastkto.full_disk import FullDiskError, explaining_full_cache
+from fastkto.full_disk import WriteError, explaining_full_cache
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -25,7 +25,7 @@ def load_rows(
     one of several data sets in a repository.
 
     Raises FileNotFoundError for a missing file, folder or hub name, ValueError for one that cannot
-    be read, and FullDiskError if the data sets' cache finds no room.
+    be read, and WriteError if the data sets' cache finds no room.
     """
     path = Path(path_or_name).expanduser()
     is_path = path.is_absolute() or str(path_or_name).startswith((".", "~"))
@@ -34,7 +34,7 @@ def load_rows(
     try:
         with explaining_full_cache(str(path_or_name)):
             return _load(path, str(path_or_name), split, config)
-    except FullDiskError:
+    except WriteError:
         raise
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(

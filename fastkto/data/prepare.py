@@ -49,7 +49,7 @@ def prepare_data(
             f"the {name} data is a {type(dataset).__name__}; pass a datasets.Dataset or "
             "IterableDataset, for example Dataset.from_list(rows)"
         )
-    with explaining_full_cache(f"the {name} data"):
+    with explaining_full_cache(f"the {name} data", dataset):
         return _prepare(dataset, name, processing, args)
 
 
@@ -97,14 +97,16 @@ def _prepare(
 def _paired(dataset: AnyDataset, name: str, args: KTOConfig) -> AnyDataset:
     """With each row's mismatched completion, if it is formed before there are batches.
 
-    As TRL 1.16 maps its data set: `rotate` in blocks of consecutive rows, of which the last may
-    have one row that is its own partner.
+    As TRL 1.16 maps its data set in one process: `rotate` in blocks of consecutive rows, of which
+    the last may have one row that is its own partner.
     """
     if not args.needs_kl or args.kl_pairing != DATASET_PAIRING:
-        return dataset
+        given = MISMATCHED_COLUMN in (dataset.column_names or ())  # by another run
+        return dataset.remove_columns(MISMATCHED_COLUMN) if given else dataset
     with args.main_process_first(desc=f"pairing the {name} data set"):
         block = args.per_device_train_batch_size
         desc = {"desc": f"Pairing the {name} data"} if isinstance(dataset, Dataset) else {}
+        dataset = dataset.with_format(None)
         return dataset.map(_add_mismatched, batched=True, batch_size=block, **desc)
 
 

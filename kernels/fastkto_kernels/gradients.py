@@ -141,7 +141,7 @@ class _Totals:
             extra_hidden = operands.rounded(operands.extra_hidden[slice(*rows)])
             part = of_extra_weight.at(*columns)
             multiply_add(part, direction.t(), self._scaled(extra_hidden, rows))
-        if self._tile_factor is not None:
+        if self._tile_factor is not None and self.of_tokens:
             direction.mul_(self._tile_factor[slice(*columns)])
         if of_hidden:
             multiply_add(of_hidden.at(*rows), direction, weight)

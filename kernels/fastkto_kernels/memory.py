@@ -56,7 +56,7 @@ class HeadCall(NamedTuple):
     temporaries: int = 0  # of a tile's size in fp32 beside it; 0 in Triton, up to 2 in PyTorch
     ignored_tokens: int = 0  # on a CPU
     device_type: str = "cuda"
-    has_factor: bool = False  # for each entry of the vocabulary, in fp32, which needs one too
+    has_factor: bool = False  # for each entry of the vocabulary, in fp32, which needs a gradient
 
 
 class HeadMemory(NamedTuple):
