@@ -1,5 +1,6 @@
 """The policy before training: loading, adapters, dropout, and what its config says of a router."""
 
+import logging
 from typing import Any
 
 import torch
@@ -15,14 +16,25 @@ from transformers import (
 from fastkto.config import KTOConfig
 from fastkto.model_class import load_model
 
+logger = logging.getLogger(__name__)
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
-def model_init_kwargs(args: KTOConfig, quantization_config: Any) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained`, with TRL's defaults (fp32 unless told otherwise)."""
+def model_init_kwargs(args: KTOConfig, quantization_config: Any, model: Any) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained`, with TRL's defaults (fp32 unless told otherwise).
+
+    Those of the config are for a `model` that is a path or id.
+    """
     given = args.model_init_kwargs or {}
     if isinstance(given, str):
         raise TypeError(f"model_init_kwargs is {given!r}; pass a dict or a JSON object")
+    if given and not isinstance(model, str):
+        logger.warning(
+            "model_init_kwargs is ignored, since model is a %s already and not a path",
+            type(model).__name__,
+        )
+        given = {}
     kwargs: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
     kwargs.update(given)
     if isinstance(kwargs["dtype"], str):
@@ -70,6 +82,12 @@ def prepare_adapter(policy: PreTrainedModel | PeftModel, args: KTOConfig) -> Non
     """What adapters need for gradient checkpointing and on quantised weights, as in TRL."""
     if not isinstance(policy, PeftModel):
         return
+    if args.load_best_model_at_end and policy.active_adapter != "default":
+        raise ValueError(
+            f"load_best_model_at_end=True and the adapter is named {policy.active_adapter!r}: the "
+            "best one of a run is loaded only if its name is 'default'; make the adapter without "
+            "adapter_name, or leave load_best_model_at_end out"
+        )
     if args.gradient_checkpointing:
         # transformers should do this: https://github.com/huggingface/transformers/issues/42489
         policy.enable_input_require_grads()

@@ -53,6 +53,8 @@ class SyncReference(TrainerCallback):
                 "changed reference with the checkpoints; use FSDP2 or data parallelism"
             )
         self.trainer = trainer
+        steps = trainer.step_settings.args.ref_model_sync_steps
+        trainer.reference.description += f", moved towards the policy every {steps} steps"
 
     def on_step_end(
         self,

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -33,7 +34,7 @@ from fastkto.data.images import COLUMNS as IMAGE_COLUMNS
 from fastkto.data.images import ImageCollator
 from fastkto.data.padded import RaggedCollator, from_padded, is_padded
 from fastkto.data.pairing import MISMATCHED_COLUMN
-from fastkto.data.prepare import COLUMNS, AnyDataset, prepare_data
+from fastkto.data.prepare import COLUMNS, AnyDataset, pairs_rows, prepare_data
 from fastkto.data.rows import RowReport
 from fastkto.evaluation_logits import logits_and_tokens
 from fastkto.full_disk import explaining_full_disk
@@ -142,9 +143,10 @@ class KTOTrainer(Trainer):
         if args.precompute_ref_log_probs:
             self.score_store = ScoreStore(args.reference_cache or default_folder())
         # The rows first: a mistake in them should not wait for a model to load.
-        init_kwargs = model_init_kwargs(args, quantization_config)
+        init_kwargs = model_init_kwargs(args, quantization_config, model)
         processing = load_processing(processing_class, model, init_kwargs)
         self.row_reports: dict[str, RowReport] = {}
+        self._pairs_rows = pairs_rows(args, data_collator)
         train_dataset = self._prepare(train_dataset, "train", processing, args)
         eval_dataset = self._prepare(eval_dataset, "eval", processing, args)
         set_seed(args.seed)  # before the model: the weights of a new adapter are random
@@ -261,7 +263,9 @@ class KTOTrainer(Trainer):
         processing: PreTrainedTokenizerBase | ProcessorMixin,
         args: KTOConfig,
     ) -> Any:
-        prepared, reports = prepare_data(dataset, name, processing, args)
+        prepared, reports = prepare_data(
+            dataset, name, processing, args, pairs_rows=self._pairs_rows
+        )
         self.row_reports |= reports
         return prepared
 
@@ -482,7 +486,13 @@ class KTOTrainer(Trainer):
                 )
         if resume_from_checkpoint:
             check_whole(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.state.global_step == 0 < self.state.max_steps:
+            raise ValueError(
+                "nothing was trained: the train data gave no batch. Is the stream empty, or does "
+                f"every prompt fill max_length={self.args.max_length}? A warning names such rows"
+            )
+        return output
 
     def create_model_card(
         self,
@@ -536,7 +546,8 @@ class KTOTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.reference.adapter is not None and not self.accelerator.is_fsdp2:
+        beside = Path(resume_from_checkpoint) / ADAPTER_CONFIG_NAME
+        if self.reference.adapter is not None and not self.accelerator.is_fsdp2 and beside.exists():
             # Some transformers load the adapters in subfolders and forget the one beside them.
             # (Under FSDP2 the trained one is in the model's file, and may be in no other.)
             policy: Any = self.model if model is None else model

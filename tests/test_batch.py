@@ -33,7 +33,7 @@ from fastkto.data.batch import (
     split_rows,
 )
 from fastkto.data.pairing import MISMATCHED_COLUMN
-from fastkto.data.prepare import prepare_data
+from fastkto.data.prepare import pairs_rows, prepare_data
 from fastkto.data.rows import prepare_rows
 from fastkto.window import pair_window
 from tests.models import tiny_model, tiny_tokenizer
@@ -135,7 +135,7 @@ def test_pairs_of_the_data_set_are_those_of_trl_in_any_order_and_batch(
         max_length=MAX_LENGTH,
         per_device_train_batch_size=batch_size,
     )
-    rows, _ = prepare_data(dataset(), "train", tiny_tokenizer(), args)
+    rows, _ = prepare_data(dataset(), "train", tiny_tokenizer(), args, pairs_rows=True)
     theirs = {}
     for batch in trl_batches(batch_size):
         own, other = trl_sequences(batch, ""), trl_sequences(batch, "KL_")
@@ -158,7 +158,7 @@ def test_pairs_of_the_data_set_keep_their_end_if_rows_do(tmp_path: Path) -> None
         truncation_mode="keep_end",
         per_device_train_batch_size=ROWS,
     )
-    rows, _ = prepare_data(dataset(), "train", tiny_tokenizer(), args)
+    rows, _ = prepare_data(dataset(), "train", tiny_tokenizer(), args, pairs_rows=True)
     batch = KTOCollator(MAX_LENGTH, "keep_end")(list(rows))
     expected = sequences(batch)[1]
     given_ones = given_mismatched(batch, MAX_LENGTH)
@@ -168,21 +168,33 @@ def test_pairs_of_the_data_set_keep_their_end_if_rows_do(tmp_path: Path) -> None
 def test_pairs_of_the_data_set_are_left_out_of_a_run_that_does_not_ask_for_them(
     tmp_path: Path,
 ) -> None:
-    asked = KTOConfig(output_dir=str(tmp_path), kl_pairing="dataset")
+    args = KTOConfig(output_dir=str(tmp_path))
     for data in (dataset(), dataset().to_iterable_dataset()):
-        paired, _ = prepare_data(data, "train", tiny_tokenizer(), asked)
+        paired, _ = prepare_data(data, "train", tiny_tokenizer(), args, pairs_rows=True)
         assert MISMATCHED_COLUMN in next(iter(paired))
-        for other in ({}, {"kl_pairing": "dataset", "loss_type": "apo_zero_unpaired"}):
-            args = KTOConfig(output_dir=str(tmp_path), **other)
-            rows, _ = prepare_data(paired, "train", tiny_tokenizer(), args)
-            assert MISMATCHED_COLUMN not in next(iter(rows))
+        rows, _ = prepare_data(paired, "train", tiny_tokenizer(), args)
+        assert MISMATCHED_COLUMN not in next(iter(rows))
+
+
+def test_whether_rows_are_paired_before_there_are_batches(tmp_path: Path) -> None:
+    trls = DataCollatorForUnpairedPreference(pad_token_id=0)
+
+    def asked(collator: Any, **fields: Any) -> bool:
+        return pairs_rows(KTOConfig(output_dir=str(tmp_path), **fields), collator)
+
+    assert asked(None, kl_pairing="dataset") and asked(trls) and asked(trls, kl_pairing="dataset")
+    assert not asked(None) and not asked(KTOCollator(None)) and not asked(trls, kl_scope="window")
+    assert not asked(trls, kl_pairing="distinct")
+    assert not asked(trls, kl_pairing="dataset", loss_type="apo_zero_unpaired")
 
 
 def test_pairs_of_the_data_set_are_formed_of_rows_with_a_format(tmp_path: Path) -> None:
     args = KTOConfig(output_dir=str(tmp_path), kl_pairing="dataset", max_length=MAX_LENGTH)
-    expected, _ = prepare_data(prepared(), "train", tiny_tokenizer(), args)
+    expected, _ = prepare_data(prepared(), "train", tiny_tokenizer(), args, pairs_rows=True)
     for name in ("numpy", "torch", "arrow"):
-        rows, _ = prepare_data(prepared().with_format(name), "train", tiny_tokenizer(), args)
+        rows, _ = prepare_data(
+            prepared().with_format(name), "train", tiny_tokenizer(), args, pairs_rows=True
+        )
         assert list(rows) == list(expected)
 
 

@@ -83,16 +83,19 @@ def test_optimizers_are_llama_factorys_own(tmp_path: Path, kind: Any) -> None:
     assert trainer.args.lr_scheduler_kwargs == {"num_stable_steps": 3, "num_decay_steps": 6}
 
 
-def test_a_run_resumes_with_the_same_losses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Theirs, CustomKTOTrainer])
+def test_a_run_resumes_with_the_same_losses(tmp_path: Path, kind: Any) -> None:
+    """Also one that LLaMA-Factory's trainer has begun."""
     policy, reference = models("llama")
     run = {"save_strategy": "steps", "save_steps": 2, "train_rows": kto_rows(16)}
-    first = build(CustomKTOTrainer, tmp_path, policy, reference, **run)
+    first = build(kind, tmp_path, policy, reference, **run)
     first.train()
     second = build(CustomKTOTrainer, tmp_path, policy, reference, **run)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for one, other in zip(first.state.log_history, second.state.log_history, strict=True):
         if "loss" in one:
-            assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+            rel = 1e-6 if kind is CustomKTOTrainer else 1e-4
+            assert one["loss"] == pytest.approx(other["loss"], rel=rel)
 
 
 def test_the_page_names_every_field() -> None:

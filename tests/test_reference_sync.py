@@ -21,6 +21,11 @@ SCRIPT = Path(__file__).parent / "sync_resume_run.py"
 SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 2}
 
 
+def test_a_run_says_that_its_reference_moves(tmp_path: Path) -> None:
+    description = trainer(tmp_path, **SYNC).reference.description
+    assert description.endswith(", moved towards the policy every 2 steps")
+
+
 @pytest.mark.parametrize("alpha", [0.6, 1.0])
 def test_full_fine_tuning_equals_trl(tmp_path: Path, alpha: float) -> None:
     run = {

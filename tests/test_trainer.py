@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, DatasetDict
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, LlamaForCausalLM, TrainerCallback
 
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.data.batch import KTOCollator
@@ -79,6 +79,46 @@ def test_a_run_begins_with_its_data_and_reference(tmp_path: Path, capsys: Any) -
     assert f"train data: 16 rows: {report.desirable} desirable" in said[0]
     assert "1 dropped, their prompt alone fills max_length=64; 3 cut" in said[0]
     assert said[1] == f"reference: {run.reference.description}"
+
+
+def test_a_stream_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"prompt": "rain " * 40, "completion": " a", "label": True}] * 4)
+    run = trainer(tmp_path, train_dataset=rows.to_iterable_dataset(), max_length=16, max_steps=2)
+    with pytest.raises(ValueError, match="nothing was trained: .* does every prompt fill max_len"):
+        run.train()
+
+
+def test_init_kwargs_beside_a_model_are_ignored_for_its_reference_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    kwargs = {"attn_implementation": "nonsense", "rope_theta": 3.0}
+    run = trainer(tmp_path, model=model, model_init_kwargs=kwargs)
+    assert "model_init_kwargs is ignored, since model is a LlamaForCausalLM" in caplog.text
+    assert run.reference.description.startswith("the initial policy, loaded again")
+
+
+def test_an_adapter_of_another_name_trains_and_resumes(tmp_path: Path) -> None:
+    def run(**fields: Any) -> KTOTrainer:
+        torch.manual_seed(0)
+        model = get_peft_model(
+            tiny_model("llama", seed=1), lora(init_lora_weights=False), adapter_name="mine"
+        )
+        fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **fields}
+        return trainer(tmp_path, model=model, **fields)
+
+    whole = run()
+    whole.train()
+    resumed = run()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    names = ("loss", "rewards/chosen", "kl", "grad_norm")
+    for one, other in zip(whole.state.log_history, resumed.state.log_history, strict=True):
+        expected = {name: one[name] for name in names if name in one}
+        assert {name: other[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": text_rows(4)}
+    with pytest.raises(ValueError, match="load_best_model_at_end=True and the adapter is named 'mi"):
+        run(load_best_model_at_end=True, **evaluated)
 
 
 def test_scripts_find_what_they_look_for(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 import fastkto
 import fastkto.step
@@ -244,6 +245,32 @@ def test_equal_with_pairs_of_the_data_set(run: dict[str, Any], tmp_path: Path) -
         ours["reference_cache"] = str(tmp_path / "cache")
     expected, actual = both(tmp_path, SMALL_PASSES | ours, **run)
     assert_equal_logs(expected, actual, kl_used="loss_type" not in run)
+
+
+@pytest.mark.parametrize("reference", ["model", "adapter"])
+def test_a_run_that_trl_began_goes_on(reference: str, tmp_path: Path) -> None:
+    """With the same steps, and checkpoints of its own."""
+    run: dict[str, Any] = models()
+    if reference == "adapter":
+        run = {"model": get_peft_model(tiny_model("llama", seed=0), lora())}
+    run |= {"train_dataset": text_rows(), "save_strategy": "steps", "save_steps": 2}
+    expected = trained(trl, tmp_path, **run)
+    checkpoint = str(tmp_path / "trl" / "checkpoint-2")
+    actual = trained(fastkto, tmp_path, **run, resume_from_checkpoint=checkpoint)
+    # The last one averages over the steps of one process.
+    logs = expected.state.log_history[:-1], actual.state.log_history[:-1]
+    assert_equal_logs(*logs, kl_used=reference == "model")
+    assert (tmp_path / "fastkto" / "checkpoint-4" / "trainer_state.json").exists()
+
+
+@pytest.mark.parametrize("max_length", [None, 16])
+def test_equal_with_trls_collator(max_length: int | None, tmp_path: Path) -> None:
+    """Which brings the pairs that the data set has, of completions that are cut or not."""
+    collator = DataCollatorForUnpairedPreference(pad_token_id=0, max_length=max_length)
+    run = {"train_dataset": text_rows(), "eval_dataset": text_rows(7, seed=9)}
+    run |= {"data_collator": collator, "max_length": max_length, "per_device_eval_batch_size": 2}
+    expected, actual = both(tmp_path, SMALL_PASSES, **models(), **run)
+    assert_equal_logs(expected, actual)
 
 
 @pytest.mark.parametrize("reference", ["model", "adapter"])

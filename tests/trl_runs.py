@@ -75,6 +75,8 @@ def trained(
     eval_dataset: Any = None,
     peft_config: Any = None,
     compute_metrics: Any = None,
+    data_collator: Any = None,
+    resume_from_checkpoint: str | None = None,
     **config: Any,
 ) -> Any:
     """Train `STEPS` steps with `library` (trl or fastkto) on copies of the models: its trainer."""
@@ -97,10 +99,11 @@ def trained(
         processing_class=tiny_tokenizer(),
         peft_config=copy.deepcopy(peft_config),
         compute_metrics=compute_metrics,
+        data_collator=data_collator,
     )
     # Some transformers divide gradients by the accumulation steps twice; fastkto prevents it.
     trainer.accelerator.gradient_accumulation_steps = 1
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return trainer
 
 

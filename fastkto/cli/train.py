@@ -120,7 +120,8 @@ def build_trainer(arguments: Arguments) -> KTOTrainer:
     quantization = quantization_config(model)
     reference = None
     if model.ref_model is not None:
-        init_kwargs = model_init_kwargs(args, quantization) | {"revision": "main"}
+        init_kwargs = model_init_kwargs(args, quantization, model.ref_model)
+        init_kwargs["revision"] = "main"
         with mistakes(*SETTING_UP, about=f"cannot load the ref_model {model.ref_model}"):
             reference = load_policy(model.ref_model, init_kwargs, None)
     trainer = KTOTrainer(

@@ -19,16 +19,31 @@ AnyDataset: TypeAlias = Dataset | IterableDataset
 COLUMNS = ["prompt_ids", "completion_ids", "label", "length", "row"]
 
 
+def pairs_rows(args: KTOConfig, data_collator: Any) -> bool:
+    """Whether rows are paired before there are batches.
+
+    So they are for TRL's collator: it cuts completions, which then fit behind their own prompts.
+    """
+    kinds = {kind.__name__ for kind in type(data_collator).__mro__}
+    is_trls = "DataCollatorForUnpairedPreference" in kinds and args.kl_scope == "batch"
+    return args.needs_kl and (
+        args.kl_pairing == DATASET_PAIRING or (is_trls and args.kl_pairing == "rotate")
+    )
+
+
 def prepare_data(
     dataset: AnyDataset | dict[str, AnyDataset] | None,
     name: str,
     processing: PreTrainedTokenizerBase | ProcessorMixin,
     args: KTOConfig,
+    *,
+    pairs_rows: bool = False,
 ) -> tuple[Any, dict[str, RowReport]]:
     """(a data set, or each of a dict's, tokenised; reports by name of those whose rows are known).
 
-    One that is prepared already stays as it is, without a report. One with images is checked and
-    numbered, and tokenised batch by batch (see `fastkto.data.images`).
+    With `pairs_rows` each row gets the completion of another, as `kl_pairing="dataset"` asks for.
+    One that is prepared already stays as it is but for that, without a report. One with images is
+    checked and numbered, and tokenised batch by batch (see `fastkto.data.images`).
     """
     if dataset is None:
         return None, {}
@@ -39,7 +54,7 @@ def prepare_data(
         )
     if isinstance(dataset, dict):
         parts = {
-            key: prepare_data(part, f"{name}_{key}", processing, args)
+            key: prepare_data(part, f"{name}_{key}", processing, args, pairs_rows=pairs_rows)
             for key, part in dataset.items()
         }
         reports = {key: report for _, one in parts.values() for key, report in one.items()}
@@ -50,7 +65,10 @@ def prepare_data(
             "IterableDataset, for example Dataset.from_list(rows)"
         )
     with explaining_full_cache(f"the {name} data", dataset):
-        return _prepare(dataset, name, processing, args)
+        prepared, reports = _prepare(dataset, name, processing, args)
+        if set(COLUMNS) <= set(prepared.column_names or ()):  # not rows with images
+            prepared = _pair(prepared, name, args) if pairs_rows else _unpair(prepared)
+        return prepared, reports
 
 
 def _prepare(
@@ -60,7 +78,7 @@ def _prepare(
     args: KTOConfig,
 ) -> tuple[AnyDataset, dict[str, RowReport]]:
     if set(COLUMNS) <= set(dataset.column_names or ()):
-        return _paired(dataset, name, args), {}
+        return dataset, {}
     if images.has_images(dataset):
         _check_image_run(processing, name, args)
         with args.main_process_first(desc=f"checking the {name} data set"):
@@ -79,7 +97,6 @@ def _prepare(
             in_blocks=is_processor,
             keep_columns=not args.remove_unused_columns,
         )
-    prepared = _paired(prepared, name, args)
     if report is None:
         return prepared, {}
     logger.info(
@@ -94,15 +111,18 @@ def _prepare(
     return prepared, {name: report}
 
 
-def _paired(dataset: AnyDataset, name: str, args: KTOConfig) -> AnyDataset:
-    """With each row's mismatched completion, if it is formed before there are batches.
+def _unpair(dataset: AnyDataset) -> AnyDataset:
+    """Without what another run has added."""
+    has_partners = MISMATCHED_COLUMN in (dataset.column_names or ())
+    return dataset.remove_columns(MISMATCHED_COLUMN) if has_partners else dataset
+
+
+def _pair(dataset: AnyDataset, name: str, args: KTOConfig) -> AnyDataset:
+    """With each row's mismatched completion, before there are batches.
 
     As TRL 1.16 maps its data set in one process: `rotate` in blocks of consecutive rows, of which
     the last may have one row that is its own partner.
     """
-    if not args.needs_kl or args.kl_pairing != DATASET_PAIRING:
-        given = MISMATCHED_COLUMN in (dataset.column_names or ())  # by another run
-        return dataset.remove_columns(MISMATCHED_COLUMN) if given else dataset
     with args.main_process_first(desc=f"pairing the {name} data set"):
         block = args.per_device_train_batch_size
         desc = {"desc": f"Pairing the {name} data"} if isinstance(dataset, Dataset) else {}
