@@ -1,12 +1,13 @@
 """Do fastkto's scores follow from the model's own logits? Asked once, before anything is trained.
 
 The list of what model families do behind their hidden states can never be complete. So the scores
-of a few real tokens are compared with the logits that the model itself returns.
+of a few real tokens are compared with the logits that the model itself returns, where both are
+finite: rows that are not are for the step to name.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -16,13 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastkto.head import scoring_model, scoring_of
+from fastkto.head_rows import MAX_TOKENS, MeasuredRow, measure_row
 from fastkto.quantised import is_quantised
+from fastkto.ranks import Ranks
 
 MAX_ROWS = 2
-MAX_TOKENS = 512  # of each row
-# Tokens of the vocabulary whose logits are compared, and at how many positions of a row.
-_VOCABULARY_TOKENS = 32
-_POSITIONS = 32
 
 
 class HeadMismatchError(ValueError):
@@ -38,13 +37,13 @@ class HeadCheck(NamedTuple):
     logprob_tolerance: float
 
 
-class _Row(NamedTuple):
-    """One row's scores beside its logits, P positions, K tokens of the vocabulary, all fp32."""
+class _Comparison(NamedTuple):
+    """What was found on some rows."""
 
-    logprob_error_T: Tensor
-    largest_logit_T: Tensor
-    scores_PK: Tensor
-    logits_PK: Tensor
+    check: HeadCheck | None  # None: nothing is finite
+    mismatch: str  # "" if there is none
+    whole_rows: list[int]  # those of which everything is finite
+    what: str  # was not finite, if nothing is
 
 
 def check_head(model: nn.Module, rows: Sequence[Tensor | Sequence[int]]) -> HeadCheck:
@@ -54,6 +53,7 @@ def check_head(model: nn.Module, rows: Sequence[Tensor | Sequence[int]]) -> Head
     vocabulary, against differences between their logits; this shows a wrong factor however
     confident the model is. And the log-probabilities of the rows' real tokens: this shows a bias, a
     softcap, a shift. What is allowed depends on the precision in which the model computes logits.
+    Positions where neither is finite are left out; nothing finite at all is a ValueError.
 
     Runs in eval mode without gradient, uses no random numbers, and puts the modes back. With a
     sharded model every rank has to call it, with the same number of rows.
@@ -62,6 +62,42 @@ def check_head(model: nn.Module, rows: Sequence[Tensor | Sequence[int]]) -> Head
         model: what is trained: a model after `attach_scoring`, in whatever wrappers.
         rows: token ids of real sequences; each is cut to 512 tokens.
     """
+    found = _compare(model, rows)
+    if found.mismatch:
+        raise HeadMismatchError(found.mismatch)
+    if found.check is None:
+        raise ValueError(
+            f"{found.what} are not finite on real rows; check its weights, and that its dtype is "
+            "the one it was trained in"
+        )
+    return found.check
+
+
+def agree_on_head(model: nn.Module, rows: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """`check_head` on all ranks, which raise HeadMismatchError together if it does on one.
+
+    Takes this rank's `rows` two by two, until something is finite on any rank: weights are the same
+    on all. Returns the last two, without one that is not finite beside one that is; none if nothing
+    is finite in the rows of any rank, which says nothing about the head.
+    """
+    for start in itertools.count(step=MAX_ROWS):
+        # always two, so that all ranks run the same forwards of a sharded model
+        tried = [rows[index % len(rows)] for index in range(start, start + MAX_ROWS)]
+        found = _compare(model, tried)
+        left = max(len(rows) - start - MAX_ROWS, 0)
+        counts = [bool(found.mismatch), found.check is not None, left]
+        device = ranks.accelerator.device
+        failed, compared, left = ranks.sum(torch.tensor(counts, device=device).float()).tolist()
+        if failed:
+            raise HeadMismatchError(ranks.first_text(found.mismatch))
+        if compared:
+            return [tried[index] for index in found.whole_rows] or tried
+        if not left:
+            break
+    return []
+
+
+def _compare(model: nn.Module, rows: Sequence[Tensor | Sequence[int]]) -> _Comparison:
     inner = scoring_model(model)
     device = inner.get_input_embeddings().weight.device
     sequences = [torch.as_tensor(row, device=device)[:MAX_TOKENS] for row in rows[:MAX_ROWS]]
@@ -70,67 +106,33 @@ def check_head(model: nn.Module, rows: Sequence[Tensor | Sequence[int]]) -> Head
         raise ValueError("rows has no sequence of two tokens or more; pass real rows")
     with evaluating(model):
         dtypes: set[torch.dtype] = set()
-        measured = [_measure_row(model, inner, sequence, dtypes) for sequence in sequences]
-    rounding = max(unit_rounding(dtype) for dtype in dtypes)
-    check = _judge(measured, rounding)
+        measured = [measure_row(model, inner, sequence, dtypes) for sequence in sequences]
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    what = f"the logits of {type(inner).__name__}, in {names},"
+    whole = [index for index, row in enumerate(measured) if row.is_whole]
+    only_scores = sum(row.only_scores for row in measured)
+    only_logits = sum(row.only_logits for row in measured)
+    if only_scores or only_logits:
+        return _Comparison(None, _describe_finite(inner, what, only_scores, only_logits), whole, "")
+    comparable = [row for row in measured if row.is_comparable]
+    if not comparable:
+        return _Comparison(None, "", whole, what)
+    check = _judge(comparable, max(unit_rounding(dtype) for dtype in dtypes))
     # written so that a NaN fails
-    if not (
+    is_right = (
         abs(check.scale_error) <= check.scale_tolerance
         and check.logprob_error <= check.logprob_tolerance
-    ):
-        raise HeadMismatchError(_describe(inner, check, sequences, dtypes))
-    return check
-
-
-def _measure_row(
-    model: nn.Module, inner: PreTrainedModel, tokens: Tensor, dtypes: set[torch.dtype]
-) -> _Row:
-    """The row's scores and logits; adds the dtypes in which logits are computed to `dtypes`."""
-    length = len(tokens)
-    with _recorded_dtypes(inner.get_output_embeddings(), dtypes):
-        # [T - 1, V], after each token but the last, without what prompt tuning puts in front
-        logits = model(input_ids=tokens[None], use_cache=False).logits[0, -length:-1]
-    dtypes.add(logits.dtype)
-    device = logits.device
-    tokens = tokens.to(device)
-    # in parts: an fp32 copy of all logits can be larger than everything else here
-    normaliser_T = torch.cat([part.float().logsumexp(-1) for part in logits.split(64)])
-    logprob_T = logits.gather(1, tokens[1:, None])[:, 0].float() - normaliser_T
-    if not logprob_T.isfinite().all():
-        raise ValueError(
-            f"the logits of {type(inner).__name__} are not finite on real rows, in {logits.dtype}; "
-            "check its weights, and that its dtype is the one it was trained in"
-        )
-
-    vocab_size = logits.shape[1]
-    chosen_P = torch.arange(0, length - 1, math.ceil((length - 1) / _POSITIONS), device=device)
-    # spread over the vocabulary, and others at each position
-    steps_K = torch.arange(_VOCABULARY_TOKENS, device=device) * vocab_size // _VOCABULARY_TOKENS
-    tokens_PK = (steps_K + 7 * chosen_P[:, None]) % vocab_size
-    positions = torch.cat(
-        [torch.arange(length - 1, device=device), chosen_P.repeat_interleave(_VOCABULARY_TOKENS)]
     )
-    scores = model(
-        input_ids=tokens[None],
-        use_cache=False,
-        score_row=torch.zeros_like(positions),
-        score_position=positions - length,
-        score_target=torch.cat([tokens[1:], tokens_PK.flatten()]),
-    ).logprob.to(device)
-    return _Row(
-        logprob_error_T=(scores[: length - 1] - logprob_T).abs(),
-        largest_logit_T=logits.abs().amax(-1).float(),
-        scores_PK=scores[length - 1 :].view_as(tokens_PK),
-        logits_PK=logits[chosen_P].gather(1, tokens_PK).float(),
-    )
+    mismatch = "" if is_right else _describe(inner, check, sequences, names)
+    return _Comparison(check, mismatch, whole, "")
 
 
-def _judge(measured: Sequence[_Row], rounding: float) -> HeadCheck:
+def _judge(measured: Sequence[MeasuredRow], rounding: float) -> HeadCheck:
     """Errors over all rows, and what `rounding` of logits (relative, at most) explains of them."""
     scores = torch.cat([row.scores_PK for row in measured])
     logits = torch.cat([row.logits_PK for row in measured])
-    scores_PK = scores - scores.mean(-1, keepdim=True)
-    logits_PK = logits - logits.mean(-1, keepdim=True)
+    scores_PK = (scores - scores.nanmean(-1, keepdim=True)).nan_to_num(0)
+    logits_PK = (logits - logits.nanmean(-1, keepdim=True)).nan_to_num(0)
     # Least squares at each position. Rounding is in the logits, so that regressing them on the
     # scores is unbiased; the other way round it would look like a scale.
     covariance_P = (scores_PK * logits_PK).sum(-1)
@@ -141,7 +143,7 @@ def _judge(measured: Sequence[_Row], rounding: float) -> HeadCheck:
     scale_error = 1 / slope_P.median().item() - 1
 
     # rms of rounding is 0.4 of its maximum; families with a scale and a softcap round four times
-    noise = 0.4 * rounding * logits.square().mean().sqrt() / variance_P.sum().sqrt()
+    noise = 0.4 * rounding * logits.square().nanmean().sqrt() / variance_P.sum().sqrt()
     mean_error = torch.cat([row.logprob_error_T for row in measured]).mean()
     largest_logit = torch.cat([row.largest_logit_T for row in measured]).mean()
     return HeadCheck(
@@ -153,12 +155,8 @@ def _judge(measured: Sequence[_Row], rounding: float) -> HeadCheck:
 
 
 def _describe(
-    inner: PreTrainedModel,
-    check: HeadCheck,
-    sequences: Sequence[Tensor],
-    dtypes: set[torch.dtype],
+    inner: PreTrainedModel, check: HeadCheck, sequences: Sequence[Tensor], names: str
 ) -> str:
-    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     remedy = (
         'set head="logits", which scores with the model\'s own logits in slices'
         if scoring_of(inner).head == "auto"
@@ -171,6 +169,17 @@ def _describe(
         f"{check.scale_tolerance:.2%}) and log-probabilities by {check.logprob_error:.3g} nats on "
         f"average (allowed: {check.logprob_tolerance:.3g}); {remedy}"
     )
+
+
+def _describe_finite(inner: PreTrainedModel, what: str, only_scores: int, only_logits: int) -> str:
+    remedy = "check its weights, and that its dtype is the one it was trained in"
+    if scoring_of(inner).head == "auto":
+        remedy += '; if it masks tokens, set head="logits"'
+    if only_scores:
+        found = f"are not finite for {only_scores} tokens of real rows where fastkto's scores are"
+    else:
+        found = f"are finite for {only_logits} tokens of real rows where fastkto's scores are not"
+    return f"{what} {found}; {remedy}"
 
 
 def unit_rounding(dtype: torch.dtype) -> float:
@@ -201,22 +210,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def _recorded_dtypes(head: nn.Module | None, dtypes: set[torch.dtype]) -> Iterator[None]:
-    """Adds the dtypes in which the head computes to `dtypes`: autocast's, if a wrapper turns it on.
-
-    The logits that come out may have been converted to fp32 since, and an adapter's product too.
-    """
-
-    def record(module: nn.Module, inputs: object, output: Tensor) -> None:
-        dtypes.add(output.dtype)
-
-    modules = [] if head is None else head.modules()
-    hooks = [module.register_forward_hook(record) for module in modules]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -186,7 +186,8 @@ class _Trial:
 
     def tolerance(self, alone: list[Tensor]) -> float:
         """What rounding explains of a mean error, in nats a token."""
-        return 1e-4 + self.rounding * max(scores.abs().max().item() for scores in alone)
+        largest = max(scores.nan_to_num(0, 0, 0).abs().max().item() for scores in alone)
+        return 1e-4 + self.rounding * largest
 
     def _scores(self, groups: list[Group], layout: Layout) -> list[Tensor]:
         """Scores of each sequence in a pass, in the order of `groups`."""
@@ -201,9 +202,13 @@ class _Trial:
 
 
 def _worst(scores: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest mean error of a sequence; NaN counts as infinite."""
-    errors = [(a - b).abs().mean() for a, b in zip(scores, expected, strict=True) if len(a) > 0]
-    return torch.stack(errors).nan_to_num(nan=torch.inf).max().item()
+    """The largest mean error of a sequence; NaN counts as infinite.
+
+    Nothing can be told where the expected score is not finite: 0 if none of them is.
+    """
+    pairs = [(a - b)[b.isfinite()] for a, b in zip(scores, expected, strict=True)]
+    errors = [pair.abs().mean() for pair in pairs if len(pair) > 0]
+    return torch.stack(errors).nan_to_num(nan=torch.inf).max().item() if errors else 0.0
 
 
 def _unheeded(inner: PreTrainedModel, segments: Segments) -> str:

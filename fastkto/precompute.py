@@ -13,11 +13,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import has_length
 from transformers.utils.logging import tqdm
 
+from fastkto.ranks import Ranks
 from fastkto.reference import ReleasedReference
 from fastkto.step import BatchLoss
 from fastkto.window_scores import pair_losses, score_reference
@@ -103,7 +105,7 @@ def _score(
     def flush() -> None:
         nonlocal hits, misses
         if losses:
-            _check(losses, score_reference(settings, losses))
+            _check(settings.ranks, losses, score_reference(settings, losses))
             hits += int(losses[0].sums["ref_cache_hits"])
             misses += int(losses[0].sums["ref_cache_misses"])
             bar.update(len(losses))
@@ -136,16 +138,17 @@ def _losses(trainer: KTOTrainer, window: _Window, paired: bool) -> list[BatchLos
     return losses
 
 
-def _check(losses: list[BatchLoss], logprob: Tensor) -> None:
-    """Name rows whose scores are not finite, which are not kept."""
+def _check(ranks: Ranks, losses: list[BatchLoss], logprob: Tensor) -> None:
+    """Name rows whose scores are not finite, which are not kept, on all ranks."""
     rows = [row for loss in losses for row in loss.rows]
     rows += [loss.rows[index] for loss in losses for index in loss.paired_rows]
     finite = torch.isfinite(logprob).tolist()
     bad = sorted({row for row, is_finite in zip(rows, finite, strict=True) if not is_finite})
-    if bad:
+    if not ranks.all(not bad):
+        named = sorted({*gather_object(bad)})
         raise FloatingPointError(
-            f"the reference's log-probabilities of rows {bad} of the data set, or of their prompts "
-            "with another row's completion, are not finite. Look at these rows and at the "
+            f"the reference's log-probabilities of rows {named} of the data set, or of their "
+            "prompts with another row's completion, are not finite. Look at these rows and at the "
             "reference's weights; with fp16, use bf16"
         )
 

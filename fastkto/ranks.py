@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
 from fastkto.plan_passes import Plan
@@ -44,6 +44,10 @@ class Ranks:
         """Whether `flag` is true on every rank."""
         missing = torch.tensor(float(not flag), device=self.accelerator.device)
         return self.sum(missing).item() == 0
+
+    def first_text(self, text: str) -> str:
+        """`text` of the first rank where it is not empty, on all of them; "" if there is none."""
+        return next(filter(None, gather_object([text])), "")
 
     def level(self, plans: Sequence[Plan]) -> list[Plan]:
         """`plans` with idle passes behind them, so that each is as long as on any rank.

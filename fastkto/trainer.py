@@ -343,8 +343,7 @@ class KTOTrainer(Trainer):
         for batch in batches:
             check_batch(batch, self.step_settings.args.max_length)
         if not self._models_are_checked:
-            check_models(self, batches)
-            self._models_are_checked = True
+            self._models_are_checked = check_models(self, batches)
 
     def compute_loss(
         self,

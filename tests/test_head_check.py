@@ -220,6 +220,58 @@ class TestMismatch:
             check_head(model, ROWS)
 
 
+def with_a_bad_token(model: PreTrainedModel) -> tuple[PreTrainedModel, list[Tensor]]:
+    """`model`, whose embedding of a token is NaN, and rows of which the longer one has it."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight[101] = torch.nan
+    return model, [torch.cat([ROWS[0], torch.tensor([101, 5])]), ROWS[1]]
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize("head", ["auto", "logits"])
+    def test_a_row_that_is_not_finite_is_left_out(self, head: str) -> None:
+        model, rows = with_a_bad_token(tiny_model("llama"))
+        attach_scoring(model, head=head)
+        assert check_head(model, rows) == check_head(model, ROWS[1:])
+
+    def test_the_other_row_still_shows_a_mismatch(self) -> None:
+        model, rows = with_a_bad_token(transformed(lambda logits: logits * 1.01))
+        attach_scoring(model)
+        with pytest.raises(HeadMismatchError, match=r"off by -[01]\.\d+%"):
+            check_head(model, rows)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_logits_alone_that_are_not_finite(self, value: float) -> None:
+        """What the head makes of finite hidden states is the model's, and fastkto does not see."""
+
+        def spoil(logits: Tensor) -> Tensor:
+            return logits.index_fill(-1, ROWS[1][5:6], value)
+
+        model = transformed(spoil)
+        attach_scoring(model)
+        text = (
+            r"Transformed, in float32, are not finite for \d+ tokens of real rows where fastkto's"
+        )
+        with pytest.raises(HeadMismatchError, match=text + '.*if it masks tokens, set head="logi'):
+            check_head(model, ROWS)
+
+    def test_scores_alone_that_are_not_finite(self) -> None:
+        model = transformed(lambda logits: logits.nan_to_num(0.5))
+        with torch.no_grad():
+            model.lm_head.weight[7] = torch.nan
+        attach_scoring(model)
+        with pytest.raises(HeadMismatchError, match="are finite for .* where fastkto's .* are not"):
+            check_head(model, ROWS)
+
+    def test_masked_tokens_do_not_widen_what_is_allowed(self) -> None:
+        def mask(logits: Tensor) -> Tensor:
+            return logits.index_fill(-1, torch.arange(101, 128), -torch.inf)
+
+        model = transformed(mask)
+        attach_scoring(model, head="logits")
+        assert check_head(model, ROWS).logprob_tolerance < 2e-3
+
+
 class TestManners:
     def test_modes_and_random_states_are_left_alone(self) -> None:
         model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
@@ -279,5 +331,6 @@ class TestErrors:
         attach_scoring(model)
         with torch.no_grad():
             model.lm_head.weight[7] = float("nan")
-        with pytest.raises(ValueError, match="logits of LlamaForCausalLM are not finite"):
+        text = "logits of LlamaForCausalLM, in float32, are not finite on real rows"
+        with pytest.raises(ValueError, match=text):
             check_head(model, ROWS)

@@ -46,6 +46,16 @@ def test_supported_families_are_packed(family: str, attention: str, dtype: torch
     assert [module.training for module in model.modules()] == training
 
 
+@pytest.mark.parametrize("bad", [[0], [1], [0, 1]], ids=str)
+def test_rows_that_are_not_finite_are_no_reason(bad: list[int]) -> None:
+    """They tell nothing of the model, and other ranks have other rows."""
+    model = tiny_model("llama", seed=1)
+    model.get_input_embeddings().weight.data[101] = torch.nan
+    token = torch.tensor([101])
+    rows = [torch.cat([token, row]) if i in bad else row for i, row in enumerate(ROWS)]
+    assert check(model, rows) == PackingCheck(Layout.PACKED, "")
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
 def test_rounding_of_autocast_is_no_reason(family: str) -> None:
     """The weights are fp32 then, the errors those of bf16."""
