@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,10 +12,20 @@ _CHOICES = (
     "truncation_mode", "loss_type", "kl_scope", "kl_pairing", "metrics", "nonfinite", "head",
     "backend", "train_sampling_strategy",
 )  # fmt: skip
+_COUNTS = (  # 1 or more
+    "max_tokens_per_pass", "head_memory_mib", "max_length", "precompute_ref_batch_size",
+    "ref_model_sync_steps", "gradient_accumulation_steps", "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+)  # fmt: skip
+_WEIGHTS = (  # 0 or more
+    "learning_rate", "beta", "desirable_weight", "undesirable_weight", "router_aux_loss_coef",
+    "ref_model_mixup_alpha",
+)  # fmt: skip
+_OPTIONAL = ("max_length", "precompute_ref_batch_size", "router_aux_loss_coef")
 
 
 def check_config(args: KTOConfig) -> None:
-    """Raise ValueError that names a field and says what to do."""
+    """Raise ValueError or TypeError that names a field and says what to do."""
     _check_numbers(args)
     for name in _CHOICES:
         choices = args.__dataclass_fields__[name].metadata["choices"]
@@ -36,29 +47,25 @@ def check_config(args: KTOConfig) -> None:
 
 
 def _check_numbers(args: KTOConfig) -> None:
-    for name in ("learning_rate", "beta", "desirable_weight", "undesirable_weight"):
-        if not 0 <= getattr(args, name) < float("inf"):
-            raise ValueError(f"{name} is {getattr(args, name)}; it must be 0 or more")
-    if args.beta == 0 or args.desirable_weight == args.undesirable_weight == 0:
-        name = "beta" if args.beta == 0 else "desirable_weight and undesirable_weight"
-        raise ValueError(f"{name} is 0, so that nothing would be learned; make it positive")
     if isinstance(args.max_tokens_per_pass, str) and args.max_tokens_per_pass != "auto":
         raise ValueError(
             f"max_tokens_per_pass is {args.max_tokens_per_pass!r}; give a number, or 'auto'"
         )
-    for name in (
-        "max_tokens_per_pass",
-        "head_memory_mib",
-        "max_length",
-        "precompute_ref_batch_size",
-        "ref_model_sync_steps",
-        "gradient_accumulation_steps",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-    ):
+    for name in (*_COUNTS, *_WEIGHTS):
         value = getattr(args, name)
-        if value not in (None, "auto") and value < 1:
-            raise ValueError(f"{name} is {value}; it must be 1 or more")
+        is_auto = name == "max_tokens_per_pass" and value == "auto"
+        if is_auto or (value is None and name in _OPTIONAL):
+            continue
+        kind, word = (Integral, "an integer") if name in _COUNTS else (Real, "a number")
+        if isinstance(value, bool) or not isinstance(value, kind):
+            or_none = ", or None" if name in _OPTIONAL else ""
+            raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; pass {word}{or_none}")
+        least = 1 if name in _COUNTS else 0
+        if not least <= getattr(args, name) < float("inf"):
+            raise ValueError(f"{name} is {value}; it must be {least} or more")
+    if args.beta == 0 or args.desirable_weight == args.undesirable_weight == 0:
+        name = "beta" if args.beta == 0 else "desirable_weight and undesirable_weight"
+        raise ValueError(f"{name} is 0, so that nothing would be learned; make it positive")
 
 
 def _check_passes(args: KTOConfig) -> None:

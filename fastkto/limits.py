@@ -7,6 +7,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from fastkto.config import KTOConfig
+from fastkto.data.batch import VOCABULARY_REMEDY
 from fastkto.data.rows import RowReport
 from fastkto.sharding import reduce_at_every_backward
 
@@ -47,6 +48,12 @@ def check_arguments(model: Any, ref_model: Any, args: KTOConfig) -> None:
         )
     if not isinstance(model, str | torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass a path, a hub id or a model")
+    if not (ref_model is None or isinstance(ref_model, torch.nn.Module)):
+        raise TypeError(
+            f"ref_model is a {type(ref_model).__name__}, {ref_model!r}; pass a loaded model, for "
+            "example AutoModelForCausalLM.from_pretrained(ref_model), or leave it out to use the "
+            "initial policy"
+        )
     if ref_model is not None and not isinstance(model, str):
         shared = {id(p) for p in model.parameters()} & {id(p) for p in ref_model.parameters()}
         if shared:
@@ -96,6 +103,20 @@ def check_arguments(model: Any, ref_model: Any, args: KTOConfig) -> None:
         )
 
 
+def check_evaluation(eval_dataset: Any, args: KTOConfig) -> None:
+    """Refuse data sets that are not there, and batches that have no partners."""
+    if eval_dataset is None:
+        return
+    check_batch_size(args, "per_device_eval_batch_size", args.eval_batch_size)
+    if isinstance(eval_dataset, dict):
+        for name, part in eval_dataset.items():
+            if part is None:
+                raise TypeError(
+                    f"eval_dataset has None under {name!r}; pass a datasets.Dataset or "
+                    "IterableDataset there, or leave the name out"
+                )
+
+
 def check_trainable(policy: Any) -> None:
     """Refuse a policy of which nothing would be trained."""
     if not any(parameter.requires_grad for parameter in policy.parameters()):
@@ -124,15 +145,26 @@ def check_overrides(trainer: Trainer) -> None:
         )
 
 
-def check_vocabulary(reports: dict[str, RowReport], model: Any) -> None:
+def vocabulary(model: Any) -> int | None:
+    """How many tokens the model has an embedding for, None if it does not say."""
+    size: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return size
+
+
+def smallest_vocabulary(*models: Any) -> int | None:
+    """The least `vocabulary` of those models that are not None."""
+    sizes = [vocabulary(model) for model in models if model is not None]
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def check_vocabulary(reports: dict[str, RowReport], model: Any, name: str = "model") -> None:
     """Refuse tokens that the model does not have, which a GPU would answer with an abort."""
-    size = getattr(model.get_input_embeddings(), "num_embeddings", float("inf"))
-    for name, report in reports.items():
-        if report.largest_id >= size:
+    size = vocabulary(model)
+    for data, report in reports.items():
+        if size is not None and report.largest_id >= size:
             raise ValueError(
-                f"the {name} data has the token {report.largest_id:,}, and the model has a "
-                f"vocabulary of {size:,}; use the model's own tokenizer, or resize its embeddings "
-                "with model.resize_token_embeddings(len(tokenizer))"
+                f"the {data} data has the token {report.largest_id:,}, and the {name} has a "
+                f"vocabulary of {size:,}; {VOCABULARY_REMEDY}"
             )
 
 

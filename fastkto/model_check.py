@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor
 
 from fastkto.data.batch import matched_sequences
+from fastkto.data.rows import RowReport
 from fastkto.head_check import agree_on_head
+from fastkto.limits import check_vocabulary
 from fastkto.packing import agree_on_layout
+from fastkto.positions import check_positions, check_sequences, fewest_positions
 from fastkto.reference_cache import ReferenceCache
 from fastkto.reference_fingerprint import reference_fingerprint
 
 if TYPE_CHECKING:
     from fastkto.trainer import KTOTrainer
+
+
+def check_data(
+    reports: dict[str, RowReport],
+    datasets: Sequence[Any],
+    policy: Any,
+    ref_model: Any,
+    max_length: int | None,
+) -> None:
+    """Refuse data whose tokens or lengths are more than a model has embeddings for.
+
+    `datasets` are as the trainer has them, any of them a dict or None. Rows that are not known yet
+    are checked batch by batch.
+    """
+    check_vocabulary(reports, policy)
+    if ref_model is not None:
+        check_vocabulary(reports, ref_model, "ref_model")
+    parts = chain(*(one.values() if isinstance(one, dict) else [one] for one in datasets))
+    streams = any(isinstance(part, IterableDataset) for part in parts)
+    most = fewest_positions(policy, ref_model)
+    check_positions(reports, most, max_length, streams=streams)
 
 
 def check_models(trainer: KTOTrainer, batches: list[dict[str, Any]]) -> bool:
@@ -27,6 +54,9 @@ def check_models(trainer: KTOTrainer, batches: list[dict[str, Any]]) -> bool:
     cache here too, since they are in their place by now.
     """
     settings = trainer.step_settings
+    for batch in batches:
+        matched = matched_sequences(batch, settings.args.max_length)
+        check_sequences(batch["rows"], matched, settings.positions)
     rows = _rows_by_length(batches, settings.args.max_length)
     policy, reference = settings.policy, settings.reference.model
     tried = agree_on_head(policy, rows, trainer.ranks)

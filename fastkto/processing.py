@@ -17,6 +17,11 @@ def load_processing(
     """The tokenizer or processor given, or the one beside the model; it has a padding token."""
     if processing_class is None:
         path = model if isinstance(model, str) else model.config._name_or_path
+        if not path:
+            raise ValueError(
+                "processing_class is missing, and model has no path beside which there would be a "
+                "tokenizer; pass the tokenizer it was made with"
+            )
         config = read_config(path, init_kwargs) if isinstance(model, str) else model.config
         if is_vision_language(config):
             processing_class = AutoProcessor.from_pretrained(

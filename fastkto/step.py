@@ -47,6 +47,7 @@ class StepSettings:
     router_aux_loss_coef: float  # 0 without a router
     experts_per_token: int
     ranks: Ranks
+    positions: int | None = None  # most tokens of a sequence, where a model has a table of them
     reference_cache: ReferenceCache | None = None
 
     @property

@@ -44,16 +44,17 @@ from fastkto.limits import (
     check_arguments,
     check_batch_size,
     check_devices,
+    check_evaluation,
     check_optimizer,
     check_overrides,
     check_prepared,
     check_trainable,
-    check_vocabulary,
     set_distributed_defaults,
+    smallest_vocabulary,
 )
 from fastkto.metrics import Metrics, TokenCount
 from fastkto.model_card import write_model_card
-from fastkto.model_check import check_models
+from fastkto.model_check import check_data, check_models
 from fastkto.pass_budget import DeviceMemory, check_auto, device_memory, set_budget
 from fastkto.plan_passes import Layout
 from fastkto.policy import (
@@ -63,6 +64,7 @@ from fastkto.policy import (
     prepare_adapter,
     router_settings,
 )
+from fastkto.positions import fewest_positions
 from fastkto.precompute import precompute
 from fastkto.processing import load_processing, tokenizer_of
 from fastkto.ranks import Ranks
@@ -136,8 +138,7 @@ class KTOTrainer(Trainer):
         if isinstance(args, TrainingArguments):
             args = KTOConfig.from_arguments(args)
         check_arguments(model, ref_model, args)
-        if eval_dataset is not None:
-            check_batch_size(args, "per_device_eval_batch_size", args.eval_batch_size)
+        check_evaluation(eval_dataset, args)
         set_distributed_defaults(args)
         self.score_store: ScoreStore | None = None
         if args.precompute_ref_log_probs:
@@ -151,7 +152,8 @@ class KTOTrainer(Trainer):
         eval_dataset = self._prepare(eval_dataset, "eval", processing, args)
         set_seed(args.seed)  # before the model: the weights of a new adapter are random
         policy = load_policy(model, init_kwargs, peft_config)
-        check_vocabulary(self.row_reports, policy)
+        datasets = train_dataset, eval_dataset
+        check_data(self.row_reports, datasets, policy, ref_model, args.max_length)
         self._prepare_policy(policy, args, will_train=train_dataset is not None)
         check_sync(args, policy, ref_model)
         self.reference = self._choose_reference(
@@ -167,13 +169,14 @@ class KTOTrainer(Trainer):
             attach_scoring(
                 scored, head=args.head, backend=args.backend, head_memory_mib=args.head_memory_mib
             )
+        vocab_size = smallest_vocabulary(policy, self.reference.model)
         super().__init__(
             model=policy,
             args=args,
             data_collator=(
-                _default_collator(processing, args)
+                _default_collator(processing, args, vocab_size)
                 if data_collator is None
-                else RaggedCollator(data_collator, media_tokens(policy))
+                else RaggedCollator(data_collator, media_tokens(policy), vocab_size)
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -221,6 +224,7 @@ class KTOTrainer(Trainer):
         args.logging_nan_inf_filter = False
         self.ranks = Ranks(self.accelerator)
         keep_outputs_in_fp32(self.accelerator)
+        positions = fewest_positions(self.model, self.reference.model)
         if self.reference.model is not None:
             self.reference.model = prepare_reference(self.reference.model, self.accelerator)
         self.step_settings = StepSettings(
@@ -230,6 +234,7 @@ class KTOTrainer(Trainer):
             policy_layout=Layout.PADDED,  # until the first batch shows more
             reference_layout=Layout.PADDED,
             ranks=self.ranks,
+            positions=positions,
             **router_settings(self.model.config.get_text_config(), args),
         )
         self._train_metrics, self._eval_metrics = Metrics(args.metrics), Metrics(args.metrics)
@@ -553,10 +558,12 @@ class KTOTrainer(Trainer):
             policy.load_adapter(resume_from_checkpoint, policy.active_adapter, is_trainable=True)
 
 
-def _default_collator(processing: Any, args: KTOConfig) -> KTOCollator | ImageCollator:
+def _default_collator(
+    processing: Any, args: KTOConfig, vocab_size: int | None
+) -> KTOCollator | ImageCollator:
     if isinstance(processing, ProcessorMixin):
         return ImageCollator(processing, args.max_length, args.truncation_mode)
-    return KTOCollator(args.max_length, args.truncation_mode)
+    return KTOCollator(args.max_length, args.truncation_mode, vocab_size)
 
 
 class _StartOfTraining(TrainerCallback):

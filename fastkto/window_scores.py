@@ -16,6 +16,7 @@ from fastkto.data.pairing import DATASET_PAIRING
 from fastkto.head_check import evaluating
 from fastkto.passes import move_index, sequence_logprobs
 from fastkto.plan_passes import Layout, Plan, computed_tokens, plan_passes
+from fastkto.positions import check_sequences
 from fastkto.reference_cache import Lookup
 from fastkto.sharding import release_gathered
 from fastkto.step import BatchLoss, StepSettings
@@ -70,6 +71,9 @@ def pair_losses(
         loss = BatchLoss(
             settings, batch, pairs, len(batch["rows"]) if counted is None else counted[index]
         )
+        paired_rows = [loss.rows[index] for index in loss.paired_rows]
+        check_sequences(loss.rows, loss.matched, settings.positions)
+        check_sequences(paired_rows, loss.mismatched, settings.positions)
         if args.kl_scope == "window":
             # The mean over micro-batches and ranks is then the mean over the window's rows.
             loss.num_rows = window.num_rows / (len(batches) * accelerator.num_processes)

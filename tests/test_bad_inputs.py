@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, T5Config
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.cli import main
 from tests.cli_files import save_model, write_rows
-from tests.models import tiny_tokenizer
+from tests.models import tiny_model, tiny_tokenizer
 from tests.row_data import assistant, user
 from tests.trl_runs import text_rows
 
@@ -68,6 +68,7 @@ SETTINGS = [
         {"max_tokens_per_pass": "many"},
         on_the_command_line="--max_tokens_per_pass: 'many' is neither a number nor auto",
     ),
+    Bad("router_aux_loss_coef is -1.0; it must be 0", {"router_aux_loss_coef": -1.0}),
     Bad("max_tokens_per_pass is 0; it must be 1", {"max_tokens_per_pass": 0}),
     Bad("head_memory_mib is 0; it must be 1", {"head_memory_mib": 0}),
     Bad("max_length is 0; it must be 1", {"max_length": 0}),
@@ -192,6 +193,27 @@ MODELS = [
         model=partial(changed_tokenizer, chat_template=None),
     ),
 ]
+# A command line reads numbers as they are meant, or says that they are none.
+KINDS = [
+    Bad("beta is '0.1', a str; pass a number", {"beta": "0.1"}),
+    Bad("beta is None, a NoneType; pass a number", {"beta": None}),
+    Bad("learning_rate is '1e-5', a str; pass a number", {"learning_rate": "1e-5"}),
+    Bad("router_aux_loss_coef is 'x', a str; pass a number, or", {"router_aux_loss_coef": "x"}),
+    Bad("ref_model_mixup_alpha is '1', a str; pass", {"ref_model_mixup_alpha": "1"}),
+    Bad("max_length is '64', a str; pass an integer, or None", {"max_length": "64"}),
+    Bad("max_length is 64.0, a float; pass an integer", {"max_length": 64.0}),
+    Bad("max_length is True, a bool; pass an integer", {"max_length": True}),
+    Bad("head_memory_mib is '96', a str; pass an integer", {"head_memory_mib": "96"}),
+    Bad("max_tokens_per_pass is 2.5, a float; pass", {"max_tokens_per_pass": 2.5}),
+    Bad(
+        "per_device_train_batch_size is 2.5, a float; pass an integer",
+        {"per_device_train_batch_size": 2.5},
+    ),
+    Bad(
+        "gradient_accumulation_steps is 1.5, a float; pass an integer",
+        {"gradient_accumulation_steps": 1.5},
+    ),
+]
 if "ddp_static_graph" in KTOConfig.__dataclass_fields__:  # in newer transformers
     SETTINGS.append(
         Bad("ddp_static_graph=True promises that all steps", {"ddp_static_graph": True})
@@ -236,7 +258,7 @@ def model_of(bad: Bad, folder: Path, good: str) -> str:
     return str(folder / "model")
 
 
-@pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.sentence[:60])
+@pytest.mark.parametrize("bad", [*TABLE, *KINDS], ids=lambda bad: bad.sentence[:60])
 def test_from_python(tmp_path: Path, model: str, bad: Bad) -> None:
     rows = text_rows() if bad.rows is None else Dataset.from_list(bad.rows)
     model = model_of(bad, tmp_path, model)
@@ -264,3 +286,96 @@ def test_on_the_command_line(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert (bad.on_the_command_line or bad.sentence) in error
+
+
+# ---- Arguments that the command line does not have ----
+
+
+def gpt2() -> Any:
+    return tiny_model("gpt2", n_positions=32, max_position_embeddings=32)
+
+
+def long_row() -> Dataset:
+    return Dataset.from_list([row(), row(prompt="long" * 9 + ":")] * 2)
+
+
+ARGUMENTS: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+    (
+        "ref_model is a str, 'some/path'; pass a loaded model",
+        lambda: {"ref_model": "some/path"},
+    ),
+    (
+        "processing_class is missing, and model has no path",
+        lambda: {"processing_class": None},
+    ),
+    (
+        "eval_dataset has None under 'a'; pass a datasets.Dataset",
+        lambda: {"eval_dataset": {"a": None}},
+    ),
+    (
+        "and the ref_model has a vocabulary of 64; use the model's own tokenizer",
+        lambda: {"ref_model": tiny_model("llama", vocab_size=64)},
+    ),
+    (
+        "the train data has a row of 40 tokens; the model or its reference has 32 positions: set",
+        lambda: {"model": gpt2(), "train_dataset": long_row()},
+    ),
+    (
+        "the eval_a data has a row of 40 tokens; the model or its reference has 32 positions",
+        lambda: {"ref_model": gpt2(), "eval_dataset": {"a": long_row()}},
+    ),
+    (
+        "max_length is 1024, which lets a stream's rows be longer; the model or its reference has",
+        lambda: {"model": gpt2(), "train_dataset": long_row().to_iterable_dataset()},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "arguments"), ARGUMENTS, ids=[one[:60] for one, _ in ARGUMENTS]
+)
+def test_arguments_of_python(
+    tmp_path: Path, sentence: str, arguments: Callable[[], dict[str, Any]]
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=re.escape(sentence)):
+        python_run(tmp_path, **arguments())
+
+
+def python_run(folder: Path, **arguments: Any) -> KTOTrainer:
+    given = {
+        "model": tiny_model("llama"),
+        "train_dataset": Dataset.from_list([row()] * 4),
+        "processing_class": tiny_tokenizer(),
+    }
+    args = KTOConfig(
+        str(folder),
+        use_cpu=True,
+        report_to="none",
+        per_device_train_batch_size=4,
+        max_steps=1,
+        save_strategy="no",
+    )
+    return KTOTrainer(args=args, **(given | arguments))
+
+
+@pytest.mark.parametrize("name", ["model", "ref_model"])
+def test_tokens_of_a_stream_that_a_model_does_not_have_name_the_row(
+    tmp_path: Path, name: str
+) -> None:
+    tokens = [{**TOKENS, "completion_ids": [2, 3 + 70 * (index == 2)]} for index in range(4)]
+    stream = Dataset.from_list(tokens).to_iterable_dataset()
+    small = {name: tiny_model("llama", vocab_size=64)}
+    run = python_run(tmp_path, train_dataset=stream, **small)
+    with pytest.raises(ValueError, match="row 2 has the token 73, and the model or its reference"):
+        run.train()
+
+
+def test_pairs_longer_than_a_table_of_positions_name_the_row(tmp_path: Path) -> None:
+    """A long prompt and a long completion that are fine with their own and not with each other."""
+    tokens = [
+        {"prompt_ids": [1] * 20, "completion_ids": [2] * 4, "label": True},
+        {"prompt_ids": [1] * 4, "completion_ids": [2] * 20, "label": False},
+    ]
+    run = python_run(tmp_path, model=gpt2(), train_dataset=Dataset.from_list(tokens * 2))
+    with pytest.raises(ValueError, match="row . has 40 tokens, with its own completion or with"):
+        run.train()

@@ -460,3 +460,12 @@ def test_rows_that_were_not_prepared_are_refused(row: dict[str, Any], message: s
 def test_a_max_length_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="max_length is 0; it must be 1 or more, or None"):
         KTOCollator(0)
+
+
+@pytest.mark.parametrize("column", ["prompt_ids", "completion_ids", "KL_completion_ids"])
+def test_a_token_that_the_model_does_not_have_names_its_row(column: str) -> None:
+    row = {"prompt_ids": [1], "completion_ids": [2], "KL_completion_ids": [3], "label": True}
+    rows = [row | {"row": 6}, row | {"row": 7, column: [1, 64]}]
+    KTOCollator(9, vocab_size=65)(rows)
+    with pytest.raises(ValueError, match="row 7 has the token 64, and the model or its reference"):
+        KTOCollator(9, vocab_size=64)(rows)

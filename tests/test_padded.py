@@ -77,7 +77,7 @@ def test_left_padding_and_known_scores() -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        ([0, 0, 0], "row 7 has no token marked in completion_mask"),
+        ([0, 0, 0], "row 7 has no token marked in completion_mask.*give it the max_length of"),
         ([0, 1, 0], "row 7 has tokens that are not at its end marked in completion_mask"),
     ],
 )
@@ -90,6 +90,19 @@ def test_completions_that_cannot_be_scored_name_the_row(mask: list[int], message
     }
     with pytest.raises(ValueError, match=message):
         from_padded(batch, [7])
+
+
+def test_known_scores_of_unknown_pairs_are_refused() -> None:
+    batch = {
+        "input_ids": torch.tensor([[1, 2, 3]]),
+        "attention_mask": torch.ones(1, 3, dtype=torch.int64),
+        "completion_mask": torch.tensor([[0, 1, 1]]),
+        "label": torch.tensor([True]),
+        "ref_logps": torch.tensor([-1.0]),
+        "ref_KL_logps": torch.tensor([-1.0]),
+    }
+    with pytest.raises(ValueError, match="the batch has ref_KL_logps without KL_input_ids"):
+        from_padded(batch)
 
 
 def run(folder: Path, **arguments: Any) -> KTOTrainer:

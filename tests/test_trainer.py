@@ -117,7 +117,9 @@ def test_an_adapter_of_another_name_trains_and_resumes(tmp_path: Path) -> None:
         expected = {name: one[name] for name in names if name in one}
         assert {name: other[name] for name in expected} == pytest.approx(expected, rel=1e-6)
     evaluated = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": text_rows(4)}
-    with pytest.raises(ValueError, match="load_best_model_at_end=True and the adapter is named 'mi"):
+    with pytest.raises(
+        ValueError, match="load_best_model_at_end=True and the adapter is named 'mi"
+    ):
         run(load_best_model_at_end=True, **evaluated)
 
 

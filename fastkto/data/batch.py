@@ -6,7 +6,7 @@ Dimensions: `B` rows, `S` tokens of all prompts and completions.
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -24,6 +24,10 @@ _ROW_COLUMNS = ("prompt_ids", "completion_ids", "label", "row")
 
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
+VOCABULARY_REMEDY = (
+    "use the model's own tokenizer, or resize its embeddings with "
+    "model.resize_token_embeddings(len(tokenizer))"
+)
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,13 @@ class KTOCollator:
     Lists of integers and media stay on the CPU when the batch moves to a device, so that rows are
     paired and passes planned without waiting for the device. `label` comes first: accelerate reads
     the batch size from it.
+
+    vocab_size: tokens of the model; a row with another one is refused here, on the CPU.
     """
 
     max_length: int | None
     truncation_mode: str = "keep_start"
+    vocab_size: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 1:
@@ -79,6 +86,7 @@ class KTOCollator:
             mismatched = self._sequences(rows, MISMATCHED_COLUMN)
             batch |= {f"kl_{key}": value for key, value in mismatched.items()}
         _check_lengths(batch, self.max_length)
+        check_tokens(batch, self.vocab_size)
         return batch
 
     def _sequences(self, rows: Sequence[dict[str, Any]], column: str) -> dict[str, Any]:
@@ -164,6 +172,22 @@ def check_given_mismatched(batch: dict[str, Any]) -> None:
         )
 
 
+def check_tokens(batch: dict[str, Any], vocab_size: int | None) -> None:
+    """Raise ValueError if a row has a token that the model does not have.
+
+    For batches on the CPU, since on a GPU it would wait for the device.
+    """
+    for kind in (batch, _given(batch)):
+        if vocab_size is None or kind is None or int(kind["input_ids"].max()) < vocab_size:
+            continue
+        for row, pieces in zip(batch["rows"], split_rows(kind), strict=True):
+            if (largest := int(torch.cat(pieces).max())) >= vocab_size:
+                raise ValueError(
+                    f"row {row} has the token {largest:,}, and the model or its reference has a "
+                    f"vocabulary of {vocab_size:,}; {VOCABULARY_REMEDY}"
+                )
+
+
 def _check_lengths(batch: dict[str, Any], max_length: int | None) -> None:
     """Every row has a completion, and room for a token of it behind its prompt."""
     lengths = zip(batch["prompt_lengths"], batch["completion_lengths"], strict=True)
@@ -227,10 +251,16 @@ def mismatched_sequences(
 
 def given_mismatched(batch: dict[str, Any], max_length: int | None) -> list[TokenSequence] | None:
     """The mismatched sequences that the batch brings, `B`; None if it has none."""
+    given = _given(batch)
+    return None if given is None else matched_sequences(given, max_length)
+
+
+def _given(batch: dict[str, Any]) -> dict[str, Any] | None:
+    """The mismatched sequences that the batch brings, laid out as its matched ones are."""
     if "kl_input_ids" not in batch:
         return None
     own = {key: batch[f"kl_{key}"] for key in _SEQUENCE_KEYS if f"kl_{key}" in batch}
-    return matched_sequences({**own, "truncation_mode": batch.get("truncation_mode")}, max_length)
+    return {**own, "truncation_mode": batch.get("truncation_mode")}
 
 
 def split_rows(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:

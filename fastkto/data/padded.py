@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkto.data.batch import prompt_key
+from fastkto.data.batch import check_tokens, prompt_key
 from fastkto.data.cut_media import cut_media
 from fastkto.data.media import REPEATED, TOKEN_INPUTS, Media, MediaTokens
 
@@ -21,11 +21,27 @@ class _Names(NamedTuple):
     mismatched: str  # prefix of the mismatched sequences' keys
     completion: str  # marks the tokens to be scored: a mask, or labels with -100 elsewhere
     reference: tuple[str, str]  # log-probabilities that are known, if they are
+    remedy: str  # where it has cut away a completion
 
 
 _LIBRARIES = (
-    _Names("TRL", "label", "KL_", "completion_mask", ("ref_logps", "ref_KL_logps")),
-    _Names("LLaMA-Factory", "kto_tags", "kl_", "labels", ("", "")),
+    _Names(
+        "TRL",
+        "label",
+        "KL_",
+        "completion_mask",
+        ("ref_logps", "ref_KL_logps"),
+        "if the data_collator cuts rows, give it the max_length of the KTOConfig, by which rows "
+        "without room for a completion were dropped",
+    ),
+    _Names(
+        "LLaMA-Factory",
+        "kto_tags",
+        "kl_",
+        "labels",
+        ("", ""),
+        "raise cutoff_len, or leave the row out",
+    ),
 )
 
 
@@ -38,11 +54,17 @@ class RaggedCollator:
 
     collator: Callable[[list[dict[str, Any]]], Any]
     media_tokens: MediaTokens = field(default_factory=dict)  # the model's
+    vocab_size: int | None = None  # its tokens
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         numbers = [row.get("row", index) for index, row in enumerate(rows)]
         batch = self.collator(rows)
-        return from_padded(batch, numbers, self.media_tokens) if is_padded(batch) else batch
+        if not is_padded(batch):
+            return batch
+        ragged = from_padded(batch, numbers, self.media_tokens)
+        if "media" not in ragged:  # whose placeholders may be no tokens of the model
+            check_tokens(ragged, self.vocab_size)
+        return ragged
 
 
 def is_padded(batch: Any) -> bool:
@@ -94,6 +116,12 @@ def from_padded(
     if f"{names.mismatched}input_ids" in batch:
         mismatched = _ragged(batch, names, names.mismatched, numbers, media_tokens or {})
         ragged |= {f"kl_{key}": value for key, value in mismatched.items()}
+    elif names.reference[1] in batch:
+        raise ValueError(
+            f"the batch has {names.reference[1]} without {names.mismatched}input_ids, and the "
+            "scores are not those of the pairs that would be formed here; have the data_collator "
+            f"return the mismatched sequences too, or leave {names.reference[1]} out"
+        )
     for key, name in zip(
         ("reference_logprob", "kl_reference_logprob"), names.reference, strict=True
     ):
@@ -128,10 +156,12 @@ def _ragged(
         ids, is_scored = ids[is_real], is_scored[is_real]
         first = len(ids) - int(is_scored.sum())
         if first == len(ids) or not bool(is_scored[first:].all()):
-            what = "no token" if first == len(ids) else "tokens that are not at its end"
+            is_empty = first == len(ids)
+            what = "no token" if is_empty else "tokens that are not at its end"
+            remedy = f"; {names.remedy}" if is_empty else ""
             raise ValueError(
                 f"row {number} has {what} marked in {prefix}{names.completion}; a sequence is a "
-                "prompt and, behind it, the completion that is scored"
+                f"prompt and, behind it, the completion that is scored{remedy}"
             )
         prompts.append(ids[:first].tolist())
         completions.append(ids[first:].tolist())
