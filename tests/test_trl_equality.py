@@ -16,6 +16,7 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 import fastkto
 import fastkto.step
 from tests.models import FAMILIES, tiny_model, tiny_tokenizer
+from tests.row_data import implicit_row, make, template_row, tools_row
 from tests.trl_runs import (
     assert_equal_logs,
     both,
@@ -93,12 +94,9 @@ def test_equal_where_the_last_window_is_short(rows: int, tmp_path: Path) -> None
 
 
 def test_equal_with_a_stream(tmp_path: Path) -> None:
-    rows = text_rows()
-    expected = trained(trl, tmp_path, **models(), train_dataset=rows.to_iterable_dataset())
-    actual = trained(
-        fastkto, tmp_path, **models(), **SMALL_PASSES, train_dataset=rows.to_iterable_dataset()
-    )
-    assert_equal_logs(expected.state.log_history, actual.state.log_history)
+    rows = text_rows().to_iterable_dataset()
+    expected, actual = both(tmp_path, SMALL_PASSES, **models(), train_dataset=rows)
+    assert_equal_logs(expected, actual)
 
 
 def test_equal_with_several_evaluation_sets(tmp_path: Path) -> None:
@@ -184,7 +182,18 @@ def test_equal_with_trained_adapter(tmp_path: Path) -> None:
     assert sum(log["kl"] > 0 for log in actual[1:-1]) >= 2
 
 
-@pytest.mark.parametrize("rows", [chat_rows(), paired_rows()], ids=["chat", "paired"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        chat_rows(),
+        paired_rows(),
+        paired_rows().to_iterable_dataset(),
+        make(tools_row, 32),
+        make(template_row, 32),
+        make(implicit_row, 16),
+    ],
+    ids=["chat", "paired", "stream of pairs", "tools", "template", "implicit prompt"],
+)
 def test_equal_for_data_format(rows: Dataset, tmp_path: Path) -> None:
     expected, actual = both(tmp_path, SMALL_PASSES, **models(), train_dataset=rows)
     assert_equal_logs(expected, actual)
