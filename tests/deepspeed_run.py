@@ -40,7 +40,13 @@ CASES = {
     "zero2": ("window", "tied", "uneven window", "lora", "precomputed"),
     "zero3": ("window", "tied", "uneven", "lora", "mixtral"),
 }
-RESUMED: dict[str, int] = {"full": 2, "bf16": 2, "path": 3, "frozen adapter": 3}  # and the stage
+RESUMED: dict[str, int] = {  # and the stage
+    "full": 2,
+    "bf16": 2,
+    "path": 3,
+    "frozen adapter": 3,
+    "frozen adapter, bf16": 3,
+}
 
 
 def configuration(stage: int) -> dict[str, Any]:
@@ -80,13 +86,13 @@ def build(case: str, directory: Path, initial: Path) -> KTOTrainer:
     unset_hf_deepspeed_config()
     torch.manual_seed(0)
     model: Any = str(initial) if case == "path" else tiny_model("llama", seed=2)
-    if case == "frozen adapter":
+    if case.startswith("frozen adapter"):
         model = get_peft_model(model, LORA)
     ref_model = tiny_model("llama", seed=1) if case in ("full", "bf16") else None
     return KTOTrainer(
         model=model,
         ref_model=ref_model,
-        args=configure(directory, RESUMED[case], bf16=case == "bf16"),
+        args=configure(directory, RESUMED[case], bf16=case.endswith("bf16")),
         train_dataset=rows(48),
         processing_class=tiny_tokenizer(),
     )
