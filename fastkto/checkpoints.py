@@ -40,9 +40,11 @@ def make_way(checkpoint: Path, save_total_limit: int | None, start: str) -> None
     `start` is the model that the run began with, which may be such a folder.
     """
     (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
-    if save_total_limit is None or save_total_limit < 1:  # Trainer deletes nothing
+    others = _checkpoints(checkpoint.parent)
+    limit = save_total_limit or 0
+    if limit < 1 or len({*others.values(), checkpoint}) <= limit:  # Trainer deletes nothing
         return
-    for number, folder in _checkpoints(checkpoint.parent).items():
+    for number, folder in others.items():
         is_later = number > int(checkpoint.name.removeprefix(_PREFIX))
         if is_later and folder.resolve() != Path(start).resolve() and _is_cut_short(folder):
             logger.warning("%s was cut short; it is deleted, and %s saved", folder, checkpoint)

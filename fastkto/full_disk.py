@@ -88,7 +88,8 @@ def _cause(error: BaseException, free: int) -> str | None:
         return _FULL.get(error.errno)
     if isinstance(error, _WITH_TEXT):
         return next((cause for sign, cause in _TEXTS.items() if sign in text), None)
-    if isinstance(error, RuntimeError) and any(sign in text for sign in _OF_TORCH_SAVE):
+    is_of_save = any(sign in text for sign in _OF_TORCH_SAVE) and "StreamReader" not in text
+    if isinstance(error, RuntimeError) and is_of_save:
         return _FULL[errno.ENOSPC] if free < _MIB else "PyTorch could not write a file"
     return None
 

@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from transformers import Trainer
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer
 
 from fastkto.config import KTOConfig
 from fastkto.data.batch import VOCABULARY_REMEDY
 from fastkto.data.rows import RowReport
+from fastkto.embeddings import vocabulary
 from fastkto.sharding import reduce_at_every_backward
 
 # These optimizers update the weights inside backward, so a second pass would see other weights.
@@ -48,7 +50,7 @@ def check_arguments(model: Any, ref_model: Any, args: KTOConfig) -> None:
         )
     if not isinstance(model, str | torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass a path, a hub id or a model")
-    if not (ref_model is None or isinstance(ref_model, torch.nn.Module)):
+    if not (ref_model is None or isinstance(ref_model, PreTrainedModel | PeftModel)):
         raise TypeError(
             f"ref_model is a {type(ref_model).__name__}, {ref_model!r}; pass a loaded model, for "
             "example AutoModelForCausalLM.from_pretrained(ref_model), or leave it out to use the "
@@ -143,18 +145,6 @@ def check_overrides(trainer: Trainer) -> None:
             f"{type(trainer).__name__} defines {', '.join(unused)}, which TRL's trainer calls and "
             "this one does not; override compute_loss, or write a loop with fastkto.loop"
         )
-
-
-def vocabulary(model: Any) -> int | None:
-    """How many tokens the model has an embedding for, None if it does not say."""
-    size: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    return size
-
-
-def smallest_vocabulary(*models: Any) -> int | None:
-    """The least `vocabulary` of those models that are not None."""
-    sizes = [vocabulary(model) for model in models if model is not None]
-    return min((size for size in sizes if size is not None), default=None)
 
 
 def check_vocabulary(reports: dict[str, RowReport], model: Any, name: str = "model") -> None:

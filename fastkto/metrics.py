@@ -150,7 +150,7 @@ class TokenCount(TrainerCallback, ExportableState):
     ) -> None:
         """Start at zero, or where the checkpoint stopped; TRL's keep it in the log alone."""
         logged = (log["num_tokens"] for log in reversed(state.log_history) if "num_tokens" in log)
-        self.num_tokens = next(logged, 0) if state.global_step > 0 else 0
+        self.num_tokens = int(next(logged, 0)) if state.global_step > 0 else 0
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step > 0:
             self.num_tokens = saved["args"]["num_tokens"]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastkto.data.batch import TokenSequence
 from fastkto.data.rows import RowReport
+from fastkto.embeddings import without_adapter
 
 # How transformers names the tables, learned (GPT-2, OPT) or computed (GPT-J, CTRL).
 _TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding")
@@ -15,14 +16,16 @@ _TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "
 def num_positions(model: Any) -> int | None:
     """Most tokens of a sequence, None for a model that works its positions out."""
     config = model.config.get_text_config()
+    adapters = getattr(model, "peft_config", {}).values()
+    virtual = sum(one.num_virtual_tokens for one in adapters if one.is_prompt_learning)
     if config.model_type == "mpt":  # whose ALiBi is a table too
-        return int(config.max_seq_len)
+        return int(config.max_seq_len) - virtual
     most = getattr(config, "max_position_embeddings", None)
     if most is None:
         return None
     for module in model.modules():
         for name in _TABLES:
-            table = getattr(module, name, None)
+            table = without_adapter(getattr(module, name, None))
             if isinstance(table, nn.Embedding):
                 unused = getattr(table, "offset", 0)  # OPT's table begins with two
                 if table.padding_idx is not None:  # RoBERTa counts from behind it
@@ -33,7 +36,7 @@ def num_positions(model: Any) -> int | None:
             else:
                 continue
             if size - most in (0, unused):  # else that of images
-                return size - unused
+                return size - unused - virtual
     return None
 
 

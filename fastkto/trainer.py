@@ -10,7 +10,6 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -36,6 +35,7 @@ from fastkto.data.padded import RaggedCollator, from_padded, is_padded
 from fastkto.data.pairing import MISMATCHED_COLUMN
 from fastkto.data.prepare import COLUMNS, AnyDataset, pairs_rows, prepare_data
 from fastkto.data.rows import RowReport
+from fastkto.embeddings import smallest_vocabulary
 from fastkto.evaluation_logits import logits_and_tokens
 from fastkto.full_disk import explaining_full_disk
 from fastkto.head import attach_scoring
@@ -50,7 +50,6 @@ from fastkto.limits import (
     check_prepared,
     check_trainable,
     set_distributed_defaults,
-    smallest_vocabulary,
 )
 from fastkto.metrics import Metrics, TokenCount
 from fastkto.model_card import write_model_card
@@ -240,7 +239,7 @@ class KTOTrainer(Trainer):
         self._train_metrics, self._eval_metrics = Metrics(args.metrics), Metrics(args.metrics)
         self._step_check = StepCheck(self.ranks, args.output_dir)
         self._repeated_rows = RepeatedRows(self.accelerator, args.dataloader_num_workers)
-        self._models_are_checked = self._budget_is_found = False
+        self._models_are_checked = self._budget_is_found = self._had_a_batch = False
         self.add_callback(StartLine(self))
         self.add_callback(TokenCount())
         if args.sync_ref_model:
@@ -308,6 +307,7 @@ class KTOTrainer(Trainer):
             self.optimizer.train()
         batches = [self._prepare_inputs(batch) for batch in batches]
         if batches:
+            self._had_a_batch = True
             self._get_ready(batches)
             if not self._budget_is_found:
                 set_budget(self, batches)
@@ -491,7 +491,7 @@ class KTOTrainer(Trainer):
         if resume_from_checkpoint:
             check_whole(resume_from_checkpoint)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
-        if self.state.global_step == 0 < self.state.max_steps:
+        if not self._had_a_batch and self.state.global_step == 0 < self.state.max_steps:
             raise ValueError(
                 "nothing was trained: the train data gave no batch. Is the stream empty, or does "
                 f"every prompt fill max_length={self.args.max_length}? A warning names such rows"
@@ -550,11 +550,11 @@ class KTOTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        beside = Path(resume_from_checkpoint) / ADAPTER_CONFIG_NAME
-        if self.reference.adapter is not None and not self.accelerator.is_fsdp2 and beside.exists():
-            # Some transformers load the adapters in subfolders and forget the one beside them.
-            # (Under FSDP2 the trained one is in the model's file, and may be in no other.)
-            policy: Any = self.model if model is None else model
+        if self.reference.adapter is None or self.accelerator.is_fsdp2:
+            return  # under FSDP2 the trained one is in the model's file, and may be in no other
+        # Some transformers load the adapters in subfolders and forget "default" beside them.
+        policy: Any = self.model if model is None else model
+        if policy.active_adapter == "default":
             policy.load_adapter(resume_from_checkpoint, policy.active_adapter, is_trainable=True)
 
 
@@ -582,7 +582,7 @@ class _StartOfTraining(TrainerCallback):
         check_prepared(self.trainer.accelerator)
         self.trainer._train_metrics.clear()
         self.trainer._step_check.clear()
-        self.trainer._budget_is_found = False
+        self.trainer._budget_is_found = self.trainer._had_a_batch = False
         if self.trainer._turns_off_checkpointing:
             turn_off_checkpointing(self.trainer.model)
         if self.trainer.step_settings.args.precompute_ref_log_probs:

@@ -176,6 +176,13 @@ def test_pairs_of_the_data_set_are_left_out_of_a_run_that_does_not_ask_for_them(
         assert MISMATCHED_COLUMN not in next(iter(rows))
 
 
+def test_scores_of_other_pairs_are_refused(tmp_path: Path) -> None:
+    args = KTOConfig(output_dir=str(tmp_path))
+    rows = prepared().add_column("ref_KL_logps", [-1.0] * len(prepared()))
+    with pytest.raises(ValueError, match="the train data has ref_KL_logps, which are of other"):
+        prepare_data(rows, "train", tiny_tokenizer(), args, pairs_rows=True)
+
+
 def test_whether_rows_are_paired_before_there_are_batches(tmp_path: Path) -> None:
     trls = DataCollatorForUnpairedPreference(pad_token_id=0)
 

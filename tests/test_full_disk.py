@@ -254,7 +254,7 @@ def test_leftover_of_a_full_disk_does_not_outlive_whole_checkpoints(tmp_path: Pa
     for folder in (leftover, of_another):
         folder.mkdir()
         (folder / "model.safetensors").touch()
-    run = trainer(tmp_path, max_steps=2, save_total_limit=2)
+    run = trainer(tmp_path, max_steps=2, save_total_limit=1)
     run.train()
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert not leftover.exists() and of_another.exists()
@@ -281,6 +281,8 @@ def test_only_what_was_cut_short_makes_way(
     for limit in (None, 0, -1):
         make_way(tmp_path / "checkpoint-2", limit, start)
         assert len(list(tmp_path.iterdir())) == len(states)
+    make_way(tmp_path / "checkpoint-2", len(states) + 1, start)  # there is room for all
+    assert len(list(tmp_path.iterdir())) == len(states)
     make_way(tmp_path / "checkpoint-2", 1, start)
     left = {folder.name.removeprefix("checkpoint-") for folder in tmp_path.iterdir()}
     assert left == {"1", "5", "8", "9"}

@@ -1,11 +1,13 @@
-"""Which models have a table of positions, and how long it is."""
+"""Which models have a table of positions, and how long it is; how many tokens they know."""
 
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fastkto.embeddings import smallest_vocabulary, vocabulary
 from fastkto.positions import fewest_positions, num_positions
 
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -67,3 +69,27 @@ def test_the_shorter_table_counts() -> None:
     short, long = (model_of("gpt2", {**_GPT, "n_positions": size}) for size in (16, 32))
     assert fewest_positions(None, long, model_of("llama", WITHOUT["llama"]), short) == 16
     assert fewest_positions(None) is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["wte", "wpe"]},
+        {"target_modules": ["c_attn"], "modules_to_save": ["wte", "wpe"]},
+        {"target_modules": ["c_attn"], "trainable_token_indices": {"wte": [1, 2]}},
+    ],
+    ids=["LoRA", "saved", "some tokens"],
+)
+def test_adapters_on_embeddings_change_neither(fields: dict[str, Any]) -> None:
+    policy = get_peft_model(model_of("gpt2", _GPT), LoraConfig(task_type="CAUSAL_LM", **fields))
+    assert (num_positions(policy), vocabulary(policy)) == (32, 64)
+    assert smallest_vocabulary(None, policy) == 64
+
+
+def test_learned_prompts_take_positions() -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    policy = get_peft_model(model_of("gpt2", _GPT), config)
+    assert num_positions(policy) == 28
+    run(policy, 28)
+    with pytest.raises(IndexError):
+        run(policy, 29)

@@ -88,6 +88,48 @@ def test_a_stream_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
         run.train()
 
 
+def test_a_run_that_stops_within_its_first_step_is_none(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = True
+
+    run = trainer(tmp_path, callbacks=[Stop()], gradient_accumulation_steps=2)
+    run.train()
+    assert run.state.global_step == 0
+
+
+def test_a_stream_of_tokens_that_the_model_does_not_have(tmp_path: Path) -> None:
+    """Also through a collator of one's own."""
+    rows = Dataset.from_list([{"prompt_ids": [5], "completion_ids": [6, 4000], "label": True}] * 4)
+    for collator in (None, KTOCollator(64)):
+        run = trainer(
+            tmp_path,
+            train_dataset=rows.to_iterable_dataset(),
+            data_collator=collator,
+            max_steps=1,
+        )
+        with pytest.raises(ValueError, match="row 0 has the token 4,000, and the model or its"):
+            run.train()
+
+
+def test_two_adapters_resume_each_with_its_own_weights(tmp_path: Path) -> None:
+    def policy(seed: int) -> PeftModel:
+        torch.manual_seed(seed)
+        model = get_peft_model(tiny_model("llama", seed=1), lora(init_lora_weights=False))
+        model.add_adapter("other", lora(init_lora_weights=False))
+        model.set_adapter("other")
+        return model
+
+    saved = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    first = trainer(tmp_path, model=policy(0), **saved)
+    first.train()
+    second = trainer(tmp_path, model=policy(3), **saved | {"max_steps": 3})
+    second._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    expected = dict(first.model.named_parameters())
+    for name, weight in second.model.named_parameters():
+        assert torch.equal(weight, expected[name]), name
+
+
 def test_init_kwargs_beside_a_model_are_ignored_for_its_reference_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -117,7 +117,7 @@ class TrainParser(HfArgumentParser):
             names = [field.name for field in dataclasses.fields(kind) if field.init]
             return kind(**{name: values[name] for name in names})
 
-        with mistakes(ValueError, ImportError, OSError):
+        with mistakes(ValueError, TypeError, ImportError, OSError):
             return Arguments(make(ModelArguments), make(DataArguments), make(KTOConfig))
 
     def _read_defaults(self, path: Path) -> None:

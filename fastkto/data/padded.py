@@ -48,6 +48,9 @@ _LIBRARIES = (
 _MEDIA = ("pixel_values", "input_features", "input_values")  # how the names of media begin
 
 
+_RAGGED = ("rows", "input_ids", "prompt_lengths", "completion_lengths")
+
+
 @dataclass(frozen=True)
 class RaggedCollator:
     """Another library's collator, or one of the user's, whose padded batches become ragged ones."""
@@ -59,12 +62,12 @@ class RaggedCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         numbers = [row.get("row", index) for index, row in enumerate(rows)]
         batch = self.collator(rows)
-        if not is_padded(batch):
-            return batch
-        ragged = from_padded(batch, numbers, self.media_tokens)
-        if "media" not in ragged:  # whose placeholders may be no tokens of the model
-            check_tokens(ragged, self.vocab_size)
-        return ragged
+        if is_padded(batch):
+            batch = from_padded(batch, numbers, self.media_tokens)
+        is_ragged = isinstance(batch, dict) and set(_RAGGED) <= batch.keys()
+        if is_ragged and "media" not in batch:  # whose placeholders may be no tokens of the model
+            check_tokens(batch, self.vocab_size)
+        return batch
 
 
 def is_padded(batch: Any) -> bool:

@@ -123,6 +123,11 @@ def _pair(dataset: AnyDataset, name: str, args: KTOConfig) -> AnyDataset:
     As TRL 1.16 maps its data set in one process: `rotate` in blocks of consecutive rows, of which
     the last may have one row that is its own partner.
     """
+    if "ref_KL_logps" in (dataset.column_names or ()):
+        raise ValueError(
+            f"the {name} data has ref_KL_logps, which are of other pairs than those formed here; "
+            "leave that column out"
+        )
     with args.main_process_first(desc=f"pairing the {name} data set"):
         block = args.per_device_train_batch_size
         desc = {"desc": f"Pairing the {name} data"} if isinstance(dataset, Dataset) else {}
