@@ -554,8 +554,8 @@ class KTOTrainer(Trainer):
             return  # under FSDP2 the trained one is in the model's file, and may be in no other
         # Some transformers load the adapters in subfolders and forget "default" beside them.
         policy: Any = self.model if model is None else model
-        if policy.active_adapter == "default":
-            policy.load_adapter(resume_from_checkpoint, policy.active_adapter, is_trainable=True)
+        if "default" in policy.peft_config:
+            policy.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
 
 def _default_collator(
