@@ -62,7 +62,8 @@ def _check_numbers(args: KTOConfig) -> None:
             raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; pass {word}{or_none}")
         least = 1 if name in _COUNTS else 0
         if not least <= getattr(args, name) < float("inf"):
-            raise ValueError(f"{name} is {value}; it must be {least} or more")
+            finite = "" if name in _COUNTS else ", and finite"
+            raise ValueError(f"{name} is {value}; it must be {least} or more{finite}")
     if args.beta == 0 or args.desirable_weight == args.undesirable_weight == 0:
         name = "beta" if args.beta == 0 else "desirable_weight and undesirable_weight"
         raise ValueError(f"{name} is 0, so that nothing would be learned; make it positive")
