@@ -237,6 +237,7 @@ class KTOTrainer(Trainer):
             **router_settings(self.model.config.get_text_config(), args),
         )
         self._train_metrics, self._eval_metrics = Metrics(args.metrics), Metrics(args.metrics)
+        self._without_names: dict[str, float] = {}  # of the set evaluated last, under TRL's names
         self._step_check = StepCheck(self.ranks, args.output_dir)
         self._repeated_rows = RepeatedRows(self.accelerator, args.dataloader_num_workers)
         self._models_are_checked = self._budget_is_found = self._had_a_batch = False
@@ -426,9 +427,16 @@ class KTOTrainer(Trainer):
         self._token_count.num_tokens += self._step_check.read(self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the training metrics since the last log; those of an evaluation are in already."""
+        """Add the training metrics since the last log; those of an evaluation are in already.
+
+        TRL's own names do not say which evaluation set they are of; with `metrics="trl"` the log of
+        each set has them beside those that do.
+        """
         if "loss" in logs or "train_runtime" in logs:
             logs |= self._collect(self._train_metrics)[0]
+        elif self.step_settings.args.metrics == "trl":
+            logs |= self._without_names
+        self._without_names = {}
         super().log(logs, start_time)
 
     def _collect(self, metrics: Metrics) -> tuple[dict[str, float], float | None]:
@@ -470,6 +478,8 @@ class KTOTrainer(Trainer):
         )
         release_gathered(self.model_wrapped)
         values, loss = self._collect(self._eval_metrics)
+        if metric_key_prefix.startswith("eval_"):  # one of several sets
+            self._without_names = {f"eval_{key}": value for key, value in values.items()}
         if loss is not None:
             values["loss"] = loss
         output.metrics.update({f"{metric_key_prefix}_{key}": v for key, v in values.items()})

@@ -314,6 +314,15 @@ def test_evaluate_returns_the_metrics_of_each_data_set(tmp_path: Path) -> None:
     metrics = run.evaluate()
     assert {"eval_a_rewards/margins", "eval_a_kl", "eval_b_logps/chosen"} <= set(metrics)
     assert "eval_b_rewards/rejected" not in metrics  # it has no such row
+    assert metrics["eval_kl"] == metrics["eval_b_kl"]  # as in TRL, of the last set
+
+
+def test_a_log_of_exact_metrics_names_its_evaluation_set(tmp_path: Path) -> None:
+    sets = {"a": text_rows(8, seed=3), "b": text_rows(4, seed=4)}
+    run = trainer(tmp_path, eval_dataset=sets, metrics="exact")
+    run.evaluate()
+    for name, log in zip(sets, run.state.log_history, strict=True):
+        assert f"eval_{name}_kl" in log and "eval_kl" not in log
 
 
 def test_evaluate_takes_a_data_set_that_is_not_prepared(tmp_path: Path) -> None:
