@@ -23,6 +23,7 @@ FIELDS = (
     "kl_rows",
     "lone_rows",  # rows without a completion to be paired with
     "same_prompt_rows",  # rows paired with another completion of their own prompt
+    "dropped_rows",  # rows of a stream whose prompt alone fills max_length
     "sequence_tokens",  # tokens of all sequences scored, by policy and reference
     "computed_tokens",  # tokens that went through the models for that, padding included
     "ref_cache_hits",  # sequences whose reference score was in the cache
@@ -37,6 +38,13 @@ FIELDS = (
         for name in ("rows", "reward_sum", "logp_sum", "logit_sum", "tokens")
     ),
 )
+
+# Logged where there are any.
+_COUNTS = {
+    "kl_lone_rows": "lone_rows",
+    "kl_same_prompt_rows": "same_prompt_rows",
+    "dropped_rows": "dropped_rows",
+}
 
 
 class Metrics:
@@ -84,9 +92,9 @@ class Metrics:
             estimates = [values["kl"] for values in per_batch]
             kl = sum(w * kl for w, kl in zip(weights, estimates, strict=True))
             logs = _values(total) | {"kl": kl / max(sum(weights), 1)}
-        for name in ("lone_rows", "same_prompt_rows"):
-            if count := sum(sums[name] for sums in micro_batches):
-                logs[f"kl_{name}"] = count
+        for name, field in _COUNTS.items():
+            if count := sum(sums[field] for sums in micro_batches):
+                logs[name] = count
         hits, misses = (
             sum(sums[name] for sums in micro_batches)
             for name in ("ref_cache_hits", "ref_cache_misses")

@@ -29,6 +29,7 @@ from fastkto.checkpoint_passes import needs_checkpointing, turn_off_checkpointin
 from fastkto.checkpoints import check_whole, last_whole_checkpoint, make_way
 from fastkto.config import KTOConfig
 from fastkto.data.batch import KTOCollator, check_batch
+from fastkto.data.dropped import DROPPED_COLUMN
 from fastkto.data.images import COLUMNS as IMAGE_COLUMNS
 from fastkto.data.images import ImageCollator
 from fastkto.data.padded import RaggedCollator, from_padded, is_padded
@@ -146,7 +147,10 @@ class KTOTrainer(Trainer):
         init_kwargs = model_init_kwargs(args, quantization_config, model)
         processing = load_processing(processing_class, model, init_kwargs)
         self.row_reports: dict[str, RowReport] = {}
-        self._pairs_rows = pairs_rows(args, data_collator)
+        self._data_settings = {
+            "pairs_rows": pairs_rows(args, data_collator),
+            "reads_images": data_collator is None,
+        }
         train_dataset = self._prepare(train_dataset, "train", processing, args)
         eval_dataset = self._prepare(eval_dataset, "eval", processing, args)
         set_seed(args.seed)  # before the model: the weights of a new adapter are random
@@ -207,7 +211,10 @@ class KTOTrainer(Trainer):
         # by the accumulation steps a second time.
         self.model_accepts_loss_kwargs = False
         self.accelerator.gradient_accumulation_steps = 1
-        self._signature_columns = [*COLUMNS, MISMATCHED_COLUMN, *IMAGE_COLUMNS]
+        self._signature_columns = [
+            *(*COLUMNS, MISMATCHED_COLUMN, DROPPED_COLUMN),
+            *(*IMAGE_COLUMNS, "media"),
+        ]
         # A subclass may do anything with the loss, so it gets one graph over the whole batch.
         overridden = self._overridden_methods()
         self._single_pass = bool(overridden)
@@ -268,9 +275,7 @@ class KTOTrainer(Trainer):
         processing: PreTrainedTokenizerBase | ProcessorMixin,
         args: KTOConfig,
     ) -> Any:
-        prepared, reports = prepare_data(
-            dataset, name, processing, args, pairs_rows=self._pairs_rows
-        )
+        prepared, reports = prepare_data(dataset, name, processing, args, **self._data_settings)
         self.row_reports |= reports
         return prepared
 

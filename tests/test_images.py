@@ -24,6 +24,7 @@ from fastkto.data.images import ImageCollator
 from fastkto.data.media import Media, join_media
 from fastkto.data.padded import from_padded
 from fastkto.data.prepare import prepare_data
+from fastkto.data.rows import RowReport
 from fastkto.passes import build_pass
 from fastkto.plan_passes import Layout, plan_passes
 from fastkto.vision import media_tokens
@@ -156,12 +157,12 @@ def prepare(dataset: Any, **config: Any) -> Any:
 def test_data_sets_are_numbered_and_text_is_checked_at_once() -> None:
     dataset = image_rows(4)
     prepared, reports = prepare(dataset)
-    assert prepared["row"] == [0, 1, 2, 3] and not reports
+    assert prepared["row"] == [0, 1, 2, 3] and reports["train"].rows == 4
     named = dataset.add_column("row", ["a", "b", "c", "d"])
     assert prepare(named)[0]["row"] == [0, 1, 2, 3]
     kept = dataset.add_column("row", [5, 6, 7, 8])
     assert prepare(kept)[0]["row"] == [5, 6, 7, 8]
-    stream, _ = prepare(dataset.to_iterable_dataset())
+    stream, _ = prepare(dataset.to_iterable_dataset(), max_length=None)
     assert [row["row"] for row in stream] == [0, 1, 2, 3]
     assert next(iter(stream))["images"][0].size == (16, 16)
     broken = dataset.map(
@@ -171,6 +172,48 @@ def test_data_sets_are_numbered_and_text_is_checked_at_once() -> None:
         ValueError, match=r"an empty completion: row 2.*no completion|no completion"
     ):
         prepare(broken)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+def test_rows_whose_prompt_fills_max_length_are_dropped(family: str) -> None:
+    """With their images, which only a processor can count; a stream's count comes with its rows."""
+    processor = tiny_processor(family)
+    dataset = image_rows(12, sizes=True)
+    encoded = [ImageCollator(processor, None).encode(row) for row in rows_of(dataset)]
+    prompts = [len(row["prompt_ids"]) for row in encoded]
+    full = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in encoded]
+    limit = sorted(prompts)[8]
+    kept = [row for row, length in enumerate(prompts) if length < limit]
+    assert 4 < len(kept) < 10
+    args = KTOConfig("unused", use_cpu=True, report_to="none", max_length=limit)
+    rows, reports = prepare_data(dataset, "train", processor, args)
+    assert rows["row"] == kept
+    labels = [dataset[row]["label"] for row in kept]
+    assert reports["train"] == RowReport(
+        "train",
+        read=12,
+        desirable=sum(labels),
+        undesirable=len(kept) - sum(labels),
+        dropped=12 - len(kept),
+        cut=sum(full[row] > limit for row in kept),
+        merged=0,
+        longest=min(limit, max(full[row] for row in kept)),
+        max_length=limit,
+    )
+    stream, _ = prepare_data(dataset.to_iterable_dataset(), "train", processor, args)
+    collator = ImageCollator(processor, limit)
+    again, _ = prepare_data(stream, "train", processor, args)
+    assert again is stream
+    streamed = list(stream)
+    behind = 11 - kept[-1]
+    assert collator(streamed)["dropped_rows"] == 12 - len(kept) - behind
+    for one, other in zip(rows, streamed, strict=True):
+        expected = matched_sequences(collator([one]), limit)[0]
+        assert_same(matched_sequences(collator([other]), limit)[0], expected)
+    untouched, reports = prepare_data(dataset, "train", processor, args, reads_images=False)
+    assert len(untouched) == 12 and not reports
+    with pytest.raises(ValueError, match="all 12 rows of the train data are too long"):
+        prepare(dataset, max_length=4)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from trl import KTOTrainer as TRLTrainer
 from trl.data_utils import extract_prompt as trl_extract_prompt
 
+from fastkto.data.dropped import DROPPED_COLUMN
 from fastkto.data.formats import extract_prompt
-from fastkto.data.rows import RowReport, prepare_rows
+from fastkto.data.rows import STREAM_BLOCK, RowReport, prepare_rows
 from tests.models import tiny_tokenizer
 from tests.row_data import (
     MAX_LENGTH,
@@ -88,14 +89,31 @@ def test_a_stream_gives_the_same_rows(
     row: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     dataset = make(row, 100)
-    rows, _ = prepare_rows(dataset, tokenizer, max_length=MAX_LENGTH)
+    rows, expected = prepare_rows(dataset, tokenizer, max_length=MAX_LENGTH)
     stream, report = prepare_rows(
         dataset.to_iterable_dataset(num_shards=3), tokenizer, max_length=MAX_LENGTH
     )
     assert report is None
     assert isinstance(stream, IterableDataset)
-    assert set(stream.column_names) == set(rows.column_names)
-    assert list(stream) == list(rows)
+    assert set(stream.column_names) == {*rows.column_names, DROPPED_COLUMN}
+    for _ in range(2):  # a second epoch counts anew
+        streamed = list(stream)
+        dropped = [row.pop(DROPPED_COLUMN) for row in streamed]
+        assert streamed == list(rows)
+        behind_the_last = 99 - rows[-1]["row"]
+        assert sum(dropped) == expected.dropped - behind_the_last > 1
+
+
+def test_a_stream_counts_what_it_drops_across_blocks(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning names the first; rows behind the last that is kept are in no count."""
+    long = {"prompt": "a" * 90, "completion": "b", "label": True}
+    rows = [long | {"prompt": "a"}, *[long] * 3 * STREAM_BLOCK, long | {"prompt": "aa"}, long]
+    stream, _ = prepare_rows(stream_of(rows), tokenizer, max_length=40, name="streamed")
+    assert [row[DROPPED_COLUMN] for row in stream] == [0, 3 * STREAM_BLOCK]
+    said = [record.message for record in caplog.records]
+    assert len(said) == 1 and "the first is row 1, and dropped_rows in the log counts" in said[0]
 
 
 def test_pairs_keep_the_order_of_trl_beyond_one_block(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -109,7 +127,9 @@ def test_pairs_keep_the_order_of_trl_beyond_one_block(tokenizer: PreTrainedToken
     several, _ = prepare_rows(dataset, tokenizer, max_length=MAX_LENGTH, num_proc=2)
     assert list(several) == list(ours)
     stream, _ = prepare_rows(dataset.to_iterable_dataset(), tokenizer, max_length=MAX_LENGTH)
-    assert list(stream) == list(ours)
+    for row in (streamed := list(stream)):
+        assert row.pop(DROPPED_COLUMN) == 0
+    assert streamed == list(ours)
 
 
 @given(st.text("ab ", min_size=1), st.text("ab ", min_size=1))

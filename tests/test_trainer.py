@@ -539,6 +539,24 @@ def test_streamed_rows_train(tmp_path: Path) -> None:
     assert run.state.log_history[3]["loss"] == listed.state.log_history[3]["loss"]
 
 
+def test_a_log_counts_what_a_stream_has_dropped(tmp_path: Path) -> None:
+    rows = list(text_rows(16))
+    long = {"prompt": "rain " * 40, "completion": " a", "label": True}
+    rows[5:5] = [long, long]  # in the second batch
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    evaluated = Dataset.from_list([long, *text_rows(4)]).to_iterable_dataset()
+    limits = {"max_length": 64, "max_steps": 4}
+    run = trainer(tmp_path, train_dataset=stream, eval_dataset=evaluated, **limits)
+    run.train()
+    dropped = [log.get("dropped_rows") for log in run.state.log_history if "loss" in log]
+    assert dropped == [None, 2, None, None]
+    assert run.evaluate()["eval_dropped_rows"] == 1
+    listed = trainer(tmp_path, **limits)
+    listed.train()
+    for one, other in zip(run.state.log_history[:4], listed.state.log_history, strict=False):
+        assert one["loss"] == other["loss"]
+
+
 def test_dispatching_batches_is_forced_off(tmp_path: Path) -> None:
     run = trainer(tmp_path, accelerator_config={"dispatch_batches": True})
     assert run.accelerator.dataloader_config.dispatch_batches is False

@@ -109,6 +109,20 @@ def test_equal_in_evaluation(tmp_path: Path) -> None:
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_equal_with_a_stream_of_which_rows_are_dropped(workers: int, tmp_path: Path) -> None:
+    """The same rows as in a list, whose report has the same count."""
+    run = {**models("qwen2_vl"), "max_length": 46, "dataloader_num_workers": workers}
+    rows = image_rows(16, sizes=True, without=(3,))
+    expected = train(fastkto, tmp_path, **run, train_dataset=rows)
+    actual = train(fastkto, tmp_path, **run, train_dataset=rows.to_iterable_dataset())
+    assert_equal_runs(expected, actual)
+    report = expected.row_reports["train"]
+    assert report.dropped == 5 and report.longest == 46
+    counted = [log.get("dropped_rows", 0) for log in actual.state.log_history if "kl" in log]
+    assert counted == [0, 0, 5]
+
+
 @pytest.mark.parametrize("rows", [chat_rows(12), text_rows(12)], ids=["chat", "text"])
 def test_equal_on_text_alone(rows: Any, tmp_path: Path) -> None:
     """The processor's chat template reads blocks, and text rows may be packed."""

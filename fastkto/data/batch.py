@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkto.data.dropped import dropped_rows
 from fastkto.data.media import Media, check_media
 from fastkto.data.pairing import DATASET_PAIRING, MISMATCHED_COLUMN
 
@@ -48,6 +49,7 @@ class KTOCollator:
             all their completions
         kl_input_ids, kl_prompt_lengths, kl_completion_lengths, kl_prompt_keys (only if the rows
             have a column "KL_completion_ids"): the same of each prompt and that completion
+        dropped_rows: how many rows of a stream were dropped on the way to these
         truncation_mode: as given; a batch without it is cut as with "keep_start"
         media (only if a row has images): each row's `fastkto.data.media.Media`, or None
     Lists of integers and media stay on the CPU when the batch moves to a device, so that rows are
@@ -80,6 +82,7 @@ class KTOCollator:
             "label": torch.tensor([row["label"] for row in rows], dtype=torch.bool),
             **self._sequences(rows, "completion_ids"),
             "rows": [row["row"] for row in rows],
+            "dropped_rows": dropped_rows(rows),
             "truncation_mode": self.truncation_mode,
         }
         if all(MISMATCHED_COLUMN in row for row in rows):

@@ -1,4 +1,4 @@
-"""Rows with images: checked at once, and turned into tokens and model inputs batch by batch.
+"""Rows with images, turned into tokens and model inputs batch by batch.
 
 Images are large and decoding them is slow, so a processor sees them when a batch is formed. Tokens
 are those of TRL 1.16's `DataCollatorForVisionUnpairedPreference`: prompt and completion are
@@ -11,85 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import ProcessorMixin
 
 from fastkto.data import formats
 from fastkto.data.batch import KTOCollator
-from fastkto.data.formats import RowFormat
 from fastkto.data.media import TOKEN_INPUTS, Media
 from fastkto.data.messages import render, with_images
-from fastkto.data.rows import check_rows, check_tokenizer
 
 IMAGE_COLUMNS = ("image", "images")
 COLUMNS = ["prompt", "completion", *IMAGE_COLUMNS, "tools", "chat_template_kwargs"]
-
-
-def has_images(dataset: Dataset | IterableDataset) -> bool:
-    """Whether a data set has a column for images."""
-    columns = dataset.column_names or list(next(iter(dataset), {}))
-    return any(column in columns for column in IMAGE_COLUMNS)
-
-
-def prepare_image_rows(
-    dataset: Dataset | IterableDataset,
-    processor: ProcessorMixin,
-    *,
-    num_proc: int | None = None,
-    name: str = "train",
-) -> Dataset | IterableDataset:
-    """Rows with `image` or `images` and `prompt`, `completion`, `label`, checked and numbered.
-
-    No image is looked at: `ImageCollator` does that batch by batch. Of a stream only the columns
-    are checked here. Raises as `prepare_rows` does.
-    """
-    dataset = dataset.with_format(None)
-    first_row = next(iter(dataset), None)
-    if first_row is None:
-        raise ValueError(f"the {name} data has no rows")
-    columns = dataset.column_names or list(first_row)
-    row_format = _detect_format(columns, first_row, name)
-    if row_format.kind == "conversation":
-        check_tokenizer(processor, row_format, first_row, name)
-    if isinstance(dataset, Dataset):
-        texts = dataset.select_columns([c for c in row_format.columns if c in columns])
-        check_rows(texts, row_format, num_proc, name)
-    return _number(dataset)
-
-
-def _detect_format(columns: Sequence[str], first_row: dict[str, Any], name: str) -> RowFormat:
-    """The format of a data set with images; ValueError if it is not prompt, completion, label."""
-    image = next(column for column in IMAGE_COLUMNS if column in columns)
-    if {"chosen", "rejected"} & set(columns):
-        raise ValueError(
-            f"the {name} data has images and pairs of answers (chosen, rejected), which cannot be "
-            "split without reading every image; write two rows with prompt, completion, label "
-            "and the same images instead, for example with trl.unpair_preference_dataset"
-        )
-    if "prompt_ids" in columns:
-        raise ValueError(
-            f"the {name} data has tokens (prompt_ids) and {image}, whose placeholders only the "
-            "processor can write; give prompt and completion as text or conversations"
-        )
-    texts = [column for column in columns if column not in IMAGE_COLUMNS]
-    return formats.detect_format(texts, first_row, name)
-
-
-def _number(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The data set with a column `row` for errors; integers that are there already stay."""
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(_number_row, with_indices=True)
-    if "row" in dataset.column_names:
-        if dataset.features["row"].dtype == "int64":
-            return dataset
-        dataset = dataset.remove_columns("row")
-    return dataset.add_column("row", np.arange(len(dataset)))
-
-
-def _number_row(row: dict[str, Any], index: int) -> dict[str, Any]:
-    return {**row, "row": row["row"] if type(row.get("row")) is int else index}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkto.data.batch import check_tokens, prompt_key
 from fastkto.data.cut_media import cut_media
+from fastkto.data.dropped import dropped_rows
 from fastkto.data.media import REPEATED, TOKEN_INPUTS, Media, MediaTokens
 
 
@@ -67,6 +68,8 @@ class RaggedCollator:
         is_ragged = isinstance(batch, dict) and set(_RAGGED) <= batch.keys()
         if is_ragged and "media" not in batch:  # whose placeholders may be no tokens of the model
             check_tokens(batch, self.vocab_size)
+        if is_ragged:
+            batch.setdefault("dropped_rows", dropped_rows(rows))
         return batch
 
 

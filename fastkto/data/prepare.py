@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastkto.config import KTOConfig
-from fastkto.data import images
+from fastkto.data.image_rows import has_images, prepare_image_rows
 from fastkto.data.pairing import DATASET_PAIRING, MISMATCHED_COLUMN
 from fastkto.data.rows import RowReport, prepare_rows
 from fastkto.full_disk import explaining_full_cache
@@ -38,12 +38,14 @@ def prepare_data(
     args: KTOConfig,
     *,
     pairs_rows: bool = False,
+    reads_images: bool = True,
 ) -> tuple[Any, dict[str, RowReport]]:
     """(a data set, or each of a dict's, tokenised; reports by name of those whose rows are known).
 
     With `pairs_rows` each row gets the completion of another, as `kl_pairing="dataset"` asks for.
     One that is prepared already stays as it is but for that, without a report. One with images is
-    checked and numbered, and tokenised batch by batch (see `fastkto.data.images`).
+    checked and numbered, and tokenised batch by batch (see `fastkto.data.images`); without
+    `reads_images`, by a collator that sees to `max_length` itself.
     """
     if dataset is None:
         return None, {}
@@ -53,8 +55,9 @@ def prepare_data(
             "one of these"
         )
     if isinstance(dataset, dict):
+        how = {"pairs_rows": pairs_rows, "reads_images": reads_images}
         parts = {
-            key: prepare_data(part, f"{name}_{key}", processing, args, pairs_rows=pairs_rows)
+            key: prepare_data(part, f"{name}_{key}", processing, args, **how)
             for key, part in dataset.items()
         }
         reports = {key: report for _, one in parts.values() for key, report in one.items()}
@@ -65,10 +68,13 @@ def prepare_data(
             "IterableDataset, for example Dataset.from_list(rows)"
         )
     with explaining_full_cache(f"the {name} data", dataset):
-        prepared, reports = _prepare(dataset, name, processing, args)
+        prepared, report = _prepare(dataset, name, processing, args, reads_images)
         if set(COLUMNS) <= set(prepared.column_names or ()):  # not rows with images
             prepared = _pair(prepared, name, args) if pairs_rows else _unpair(prepared)
-        return prepared, reports
+    if report is None:
+        return prepared, {}
+    _say_classes(report, args)
+    return prepared, {name: report}
 
 
 def _prepare(
@@ -76,18 +82,24 @@ def _prepare(
     name: str,
     processing: PreTrainedTokenizerBase | ProcessorMixin,
     args: KTOConfig,
-) -> tuple[AnyDataset, dict[str, RowReport]]:
-    if set(COLUMNS) <= set(dataset.column_names or ()):
-        return dataset, {}
-    if images.has_images(dataset):
+    reads_images: bool,
+) -> tuple[AnyDataset, RowReport | None]:
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if set(COLUMNS) <= set(dataset.column_names or ()) or "media" in columns:  # as from here
+        return dataset, None
+    if has_images(columns):
         _check_image_run(processing, name, args)
         with args.main_process_first(desc=f"checking the {name} data set"):
-            return images.prepare_image_rows(
-                dataset, processing, num_proc=args.dataset_num_proc, name=name
-            ), {}
+            return prepare_image_rows(
+                dataset,
+                processing,
+                max_length=args.max_length if reads_images else None,
+                num_proc=args.dataset_num_proc,
+                name=name,
+            )
     is_processor = isinstance(processing, ProcessorMixin)
     with args.main_process_first(desc=f"preparing the {name} data set"):
-        prepared, report = prepare_rows(
+        return prepare_rows(
             dataset,
             tokenizer_of(processing),
             max_length=args.max_length,
@@ -97,18 +109,18 @@ def _prepare(
             in_blocks=is_processor,
             keep_columns=not args.remove_unused_columns,
         )
-    if report is None:
-        return prepared, {}
+
+
+def _say_classes(report: RowReport, args: KTOConfig) -> None:
     logger.info(
         "the %s data has %d desirable and %d undesirable rows",
-        name,
+        report.name,
         report.desirable,
         report.undesirable,
     )
     advice = report.weight_advice(args.desirable_weight, args.undesirable_weight)
-    if name == "train" and advice:
+    if report.name == "train" and advice:
         logger.warning(advice)
-    return prepared, {name: report}
 
 
 def _unpair(dataset: AnyDataset) -> AnyDataset:

@@ -14,6 +14,7 @@ from pyarrow import compute
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastkto.data import formats
+from fastkto.data.dropped import DROPPED_COLUMN, DropLong
 from fastkto.data.formats import Problem, RowFormat
 from fastkto.data.tokenise import (
     Check,
@@ -133,7 +134,8 @@ def prepare_rows(
     both rows of a pair have the same).
 
     A streamed data set stays one: its rows are checked as they are read, `row` is counted by each
-    worker that reads it, and there is no report.
+    worker that reads it, and there is no report. Its column `dropped_rows` says how many rows were
+    dropped just before one.
 
     `in_blocks`: the chat template is a processor's, which reads contents as lists of blocks.
 
@@ -150,16 +152,20 @@ def prepare_rows(
     check_tokenizer(tokenizer, row_format, first_row, name)
     tokenise = Tokenise(tokenizer, row_format, source_digest(), in_blocks)
     known = dataset.features if keep_columns and not row_format.paired else None
-    own = (*row_format.columns, *_COLUMNS, "length", "merged")
+    own = (*row_format.columns, *_COLUMNS, "length", "merged", DROPPED_COLUMN)
     kept = {column: kind for column, kind in (known or {}).items() if column not in own}
     if isinstance(dataset, IterableDataset):
+        # What would be dropped is cut with "keep_end".
+        drop = DropLong(max_length if truncation_mode == "keep_start" else None, name)
         stream = dataset.map(
-            TokeniseStream(tokenise, max_length, truncation_mode, name, tuple(kept)),
+            TokeniseStream(tokenise, max_length, drop, name, tuple(kept)),
             batched=True,
             batch_size=PAIR_BLOCK if row_format.paired else STREAM_BLOCK,
             with_indices=True,
             remove_columns=[column for column in columns if column not in kept],
-            features=Features({**kept, **_COLUMNS, "length": Value("int64")}),
+            features=Features(
+                {**kept, **_COLUMNS, "length": Value("int64"), DROPPED_COLUMN: Value("int64")}
+            ),
         )
         return stream, None
     dataset = dataset.select_columns([c for c in (*row_format.columns, *kept) if c in columns])
@@ -195,12 +201,7 @@ def _finish(
     length = full if max_length is None else np.minimum(full, max_length)
     # A completion is never empty, so this drops full prompts only.
     fits = (prompts < length) | (truncation_mode == "keep_end")
-    if not fits.any():
-        raise ValueError(
-            f"all {len(fits):,} rows of the {name} data are too long: their prompts have "
-            f"{prompts.min():,} to {prompts.max():,} tokens, which leaves no room for a completion "
-            f"within max_length={max_length:,}; raise max_length"
-        )
+    check_some_fit(fits, prompts, max_length, name)
     order = np.arange(len(rows))
     if row_format.paired:
         # Several processes work on blocks of their own; the order does not depend on them.
@@ -237,6 +238,18 @@ def _check_arguments(dataset: Any, tokenizer: Any, max_length: int | None, name:
         )
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length is {max_length}; it must be 1 or more, or None")
+
+
+def check_some_fit(
+    fits: np.ndarray, prompts: np.ndarray, max_length: int | None, name: str
+) -> None:
+    """Raise ValueError if no row fits, by the tokens of their prompts."""
+    if not fits.any():
+        raise ValueError(
+            f"all {len(fits):,} rows of the {name} data are too long: their prompts have "
+            f"{prompts.min():,} to {prompts.max():,} tokens, which leaves no room for a completion "
+            f"within max_length={max_length:,}; raise max_length"
+        )
 
 
 def check_tokenizer(

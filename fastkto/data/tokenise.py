@@ -18,6 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fastkto.data import formats, messages
+from fastkto.data.dropped import DropLong
 from fastkto.data.formats import Example, Problem, RowFormat
 
 logger = logging.getLogger(__name__)
@@ -104,14 +105,11 @@ class Tokenise:
 
 @dataclass(frozen=True)
 class TokeniseStream:
-    """`Tokenise` for `IterableDataset.map`: checks rows, adds `length`, drops long prompts.
-
-    Not with "keep_end", which cuts those.
-    """
+    """`Tokenise` for `IterableDataset.map`: checks rows, adds `length`, drops long prompts."""
 
     tokenise: Tokenise
     max_length: int | None
-    truncation_mode: str
+    drop: DropLong
     name: str
     kept: tuple[str, ...] = ()  # columns of the user's that stay beside the tokens
 
@@ -128,20 +126,8 @@ class TokeniseStream:
         del columns["merged"]
         limit = math.inf if self.max_length is None else self.max_length
         columns["length"] = [min(p + c, limit) for p, c in zip(prompts, completions, strict=True)]
-        fits = [p < limit or self.truncation_mode == "keep_end" for p in prompts]
-        if not all(fits):
-            logger.warning_once(  # type: ignore[attr-defined]
-                "rows of the %s data are dropped: their prompt alone fills max_length=%s; the "
-                "first is row %s",
-                self.name,
-                self.max_length,
-                columns["row"][fits.index(False)],
-            )
         columns |= {column: batch[column] for column in self.kept}
-        return {
-            column: [value for value, fit in zip(values, fits, strict=True) if fit]
-            for column, values in columns.items()
-        }
+        return self.drop(columns, prompts, indices[0])
 
 
 def check_completions(completions: np.ndarray, number: np.ndarray, name: str) -> None:
