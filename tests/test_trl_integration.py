@@ -20,6 +20,14 @@ from fastkto.cli import main
 from fastkto.integrations.trl import patch, unpatch
 from tests.cli_files import save_model, write_rows
 
+ALLOW_FSDP = """
+import os
+
+if "WORLD_SIZE" in os.environ:
+    from tests.fsdp_on_cpu import allow_fsdp_on_cpu
+
+    allow_fsdp_on_cpu()
+"""
 COMPARED = ("loss", "grad_norm", "kl", "rewards/margins", "logps/chosen", "num_tokens")
 
 
@@ -61,8 +69,9 @@ def files(tmp_path: Path) -> list[str]:
     ]
 
 
-def run(command: list[str], output_dir: Path) -> str:
-    path = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+def run(command: list[str], output_dir: Path, *paths: Path) -> str:
+    """What a command printed; `paths` come first in its processes' PYTHONPATH."""
+    path = {"PYTHONPATH": os.pathsep.join([*map(str, paths), *(p for p in sys.path if p)])}
     done = subprocess.run(
         [sys.executable, *command, "--output_dir", str(output_dir)],
         env=os.environ | path,
@@ -98,16 +107,25 @@ def test_the_command_line_trains_as_trls(tmp_path: Path, files: list[str]) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_command_line_starts_several_processes(tmp_path: Path, files: list[str]) -> None:
+@pytest.mark.parametrize("kind", ["multi_gpu", "fsdp2"])
+def test_the_command_line_starts_several_processes(
+    kind: str, tmp_path: Path, files: list[str]
+) -> None:
     """Through accelerate, told as TRL documents it: two equal one on as many rows a step."""
     files += ["--kl_scope", "window"]
+    # What every process of Python does first.
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "sitecustomize.py").write_text(ALLOW_FSDP)
     batches = ["--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "16"]
     run(["-m", "fastkto.integrations.scripts.trl_kto", *files, *batches], tmp_path / "one")
-    launcher = ["--accelerate_config", "multi_gpu", "--num_processes", "2"]
+    launcher = ["--accelerate_config", kind, "--num_processes", "2"]
     launcher += ["--mixed_precision", "no", "--main_process_port", "0"]  # any free port
-    said = run(["-m", "fastkto", "trl", "kto", *files, *launcher], tmp_path / "two")
+    command = ["-m", "fastkto", "trl", "kto", *files, *launcher]
+    said = run(command, tmp_path / "two", tmp_path / "first")
     assert said.count("Model saved to") == 1 and (tmp_path / "two" / "model.safetensors").exists()
     assert (tmp_path / "two" / "checkpoint-3" / "rng_state_1.pth").exists()  # the second rank's
+    is_divided = (tmp_path / "two" / "checkpoint-3" / "pytorch_model_fsdp.bin").exists()
+    assert is_divided == (kind == "fsdp2")
     expected, actual = logs(tmp_path / "one"), logs(tmp_path / "two")
     assert "pass_efficiency" in actual[0] and expected[-1]["eval_kl"] > 0.01
     for one, two in zip(expected, actual, strict=True):
