@@ -53,15 +53,15 @@ def precompute(trainer: KTOTrainer) -> None:
         if has_length(train_set):
             loader = trainer.get_train_dataloader()
             steps, accumulated = trainer.state.max_steps, trainer.args.gradient_accumulation_steps
-            total = min(len(loader), steps * accumulated)
+            sizes = min(len(loader), steps * accumulated), trainer._train_batch_size
             windows = _train_windows(trainer, loader, steps)
-            _score(trainer, "train", loader, windows, total=total, paired=pairs_are_known)
+            _score(trainer, "train", loader, windows, *sizes, paired=pairs_are_known)
         for name, eval_set in eval_sets.items():
             if has_length(eval_set):
                 loader = trainer.get_eval_dataloader(name)
                 windows = _evaluation_windows(trainer, loader)
-                total = len(loader)
-                _score(trainer, name or "eval", loader, windows, total=total, paired=True)
+                sizes = len(loader), args.eval_batch_size
+                _score(trainer, name or "eval", loader, windows, *sizes, paired=True)
     if is_complete and all(map(has_length, [train_set, *eval_sets.values()])):
         _release(trainer)
 
@@ -87,8 +87,9 @@ def _score(
     name: str,
     loader: Any,
     windows: Iterator[_Window],
-    *,
     total: int,
+    batch_size: int,
+    *,
     paired: bool,
 ) -> None:
     """Score the matched sequences of windows with `total` batches, `paired` also the mismatched."""
@@ -114,8 +115,9 @@ def _score(
     with bar:
         for window in windows:
             losses += _losses(trainer, window, paired)
-            # The same on all ranks, whose batches are equally large: each call may be collective.
-            if sum(len(loss.rows) for loss in losses) >= (args.precompute_ref_batch_size or 1):
+            # By what is the same on all ranks, whatever a collator makes of their batches: each
+            # call is collective.
+            if len(losses) * batch_size >= (args.precompute_ref_batch_size or 1):
                 flush()
         flush()
     loader.end()  # in case that not all of its batches were taken

@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 
 import fastkto.trainer
 from fastkto import KTOConfig, KTOTrainer
+from fastkto.data.batch import KTOCollator
 from fastkto.precompute import ReleasedReference
 from fastkto.step import BatchLoss
 from fastkto.window_scores import score_window
@@ -40,7 +41,12 @@ def batches_of(*seeds: int) -> Dataset:
 
 
 def build(
-    folder: Path, *, cached: bool, data: Dataset | IterableDataset | None = None, **wrapping: Any
+    folder: Path,
+    *,
+    cached: bool,
+    data: Dataset | IterableDataset | None = None,
+    data_collator: Any = None,
+    **wrapping: Any,
 ) -> KTOTrainer:
     return KTOTrainer(
         model=tiny_model("llama", seed=2),
@@ -65,8 +71,14 @@ def build(
             **wrapping,
         ),
         train_dataset=data,
+        data_collator=data_collator,
         processing_class=tiny_tokenizer(),
     )
+
+
+def short_on_the_second_rank(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A collator whose batches are of different sizes on the ranks."""
+    return KTOCollator(1024)(rows[: RANK_BATCH - torch.distributed.get_rank()])
 
 
 def evaluate(folder: Path, *sets: Dataset, **wrapping: Any) -> list[dict[str, float]]:
@@ -122,6 +134,11 @@ def trainings(directory: Path, **wrapping: Any) -> dict[str, dict[str, Any]]:
         train(directory / name, batches_of(*CACHED), cached=True, **wrapping)
         rows = data.to_iterable_dataset() if name == "stream" else data
         runs[name] = train(directory / name, rows, cached=True, **wrapping)
+    uneven = {"data_collator": short_on_the_second_rank, **wrapping}
+    runs["uneven uncached"] = train(directory / "uneven", data, cached=False, **uneven)
+    # So many rows are two batches of the first rank's, and three of the second's.
+    uneven |= {"precompute_ref_batch_size": 2 * RANK_BATCH}
+    runs["uneven"] = train(directory / "uneven", data, cached=True, **uneven)
     return runs
 
 

@@ -371,6 +371,16 @@ def test_only_one_rank_finds_its_rows_to_train_on(
     check_half_known(runs, case, in_lockstep=wrapping == "fsdp")
 
 
+@pytest.mark.slow
+def test_ranks_whose_batches_differ_in_size_precompute_together(
+    two_ranks: tuple[str, dict[str, Any]],
+) -> None:
+    expected, actual = (two_ranks[1][name]["logs"] for name in ("uneven uncached", "uneven"))
+    for theirs, ours in zip(expected, actual, strict=True):
+        for name in ("loss", "kl", "grad_norm", "rewards/chosen"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
 # ---- Refusals ----
 
 
