@@ -51,10 +51,11 @@ def check_arguments(model: Any, ref_model: Any, args: KTOConfig) -> None:
     if not isinstance(model, str | torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass a path, a hub id or a model")
     if not (ref_model is None or isinstance(ref_model, PreTrainedModel | PeftModel)):
+        named = f", {ref_model!r}" if isinstance(ref_model, str) else ""
         raise TypeError(
-            f"ref_model is a {type(ref_model).__name__}, {ref_model!r}; pass a loaded model, for "
-            "example AutoModelForCausalLM.from_pretrained(ref_model), or leave it out to use the "
-            "initial policy"
+            f"ref_model is a {type(ref_model).__name__}{named}; pass a loaded model, for example "
+            "AutoModelForCausalLM.from_pretrained(...), or leave it out to use the initial policy; "
+            "torch_compile=True compiles them"
         )
     if ref_model is not None and not isinstance(model, str):
         shared = {id(p) for p in model.parameters()} & {id(p) for p in ref_model.parameters()}

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import IterableDataset
 from torch import Tensor
 
 from fastkto.data.batch import matched_sequences
@@ -24,24 +21,17 @@ if TYPE_CHECKING:
 
 
 def check_data(
-    reports: dict[str, RowReport],
-    datasets: Sequence[Any],
-    policy: Any,
-    ref_model: Any,
-    max_length: int | None,
+    reports: dict[str, RowReport], policy: Any, ref_model: Any, *, lengths_are_known: bool
 ) -> None:
     """Refuse data whose tokens or lengths are more than a model has embeddings for.
 
-    `datasets` are as the trainer has them, any of them a dict or None. Rows that are not known yet
-    are checked batch by batch.
+    Rows of streams, and lengths that are a collator's to decide, are checked batch by batch.
     """
     check_vocabulary(reports, policy)
     if ref_model is not None:
         check_vocabulary(reports, ref_model, "ref_model")
-    parts = chain(*(one.values() if isinstance(one, dict) else [one] for one in datasets))
-    streams = any(isinstance(part, IterableDataset) for part in parts)
-    most = fewest_positions(policy, ref_model)
-    check_positions(reports, most, max_length, streams=streams)
+    if lengths_are_known:
+        check_positions(reports, fewest_positions(policy, ref_model))
 
 
 def check_models(trainer: KTOTrainer, batches: list[dict[str, Any]]) -> bool:

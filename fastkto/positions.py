@@ -16,8 +16,8 @@ _TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "
 def num_positions(model: Any) -> int | None:
     """Most tokens of a sequence, None for a model that works its positions out."""
     config = model.config.get_text_config()
-    adapters = getattr(model, "peft_config", {}).values()
-    virtual = sum(one.num_virtual_tokens for one in adapters if one.is_prompt_learning)
+    adapter: Any = getattr(model, "active_peft_config", None)  # a frozen copy stands beside it
+    virtual = adapter.num_virtual_tokens if adapter and adapter.is_prompt_learning else 0
     if config.model_type == "mpt":  # whose ALiBi is a table too
         return int(config.max_seq_len) - virtual
     most = getattr(config, "max_position_embeddings", None)
@@ -46,21 +46,13 @@ def fewest_positions(*models: Any) -> int | None:
     return min((size for size in tables if size is not None), default=None)
 
 
-def check_positions(
-    reports: dict[str, RowReport], most: int | None, max_length: int | None, *, streams: bool
-) -> None:
-    """Refuse data sets of longer rows, and with `streams` a `max_length` that allows them."""
-    if most is None:
-        return
-    found = [
-        f"the {name} data has a row of {report.longest:,} tokens"
-        for name, report in reports.items()
-        if report.longest > most
-    ]
-    if streams and (max_length is None or max_length > most):
-        found.append(f"max_length is {max_length}, which lets a stream's rows be longer")
-    if found:
-        raise ValueError(f"{found[0]}; {_remedy(most)}")
+def check_positions(reports: dict[str, RowReport], most: int | None) -> None:
+    """Refuse data sets of longer rows."""
+    for name, report in reports.items():
+        if most is not None and report.longest > most:
+            raise ValueError(
+                f"the {name} data has a row of {report.longest:,} tokens; {_remedy(most)}"
+            )
 
 
 def check_sequences(
@@ -76,4 +68,7 @@ def check_sequences(
 
 
 def _remedy(most: int) -> str:
-    return f"the model or its reference has {most:,} positions: set max_length={most}"
+    return (
+        f"the model or its reference has {most:,} positions: set max_length={most} (cutoff_len in "
+        "LLaMA-Factory)"
+    )

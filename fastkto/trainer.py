@@ -155,8 +155,8 @@ class KTOTrainer(Trainer):
         eval_dataset = self._prepare(eval_dataset, "eval", processing, args)
         set_seed(args.seed)  # before the model: the weights of a new adapter are random
         policy = load_policy(model, init_kwargs, peft_config)
-        datasets = train_dataset, eval_dataset
-        check_data(self.row_reports, datasets, policy, ref_model, args.max_length)
+        lengths_are_known = data_collator is None
+        check_data(self.row_reports, policy, ref_model, lengths_are_known=lengths_are_known)
         self._prepare_policy(policy, args, will_train=train_dataset is not None)
         check_sync(args, policy, ref_model)
         self.reference = self._choose_reference(
@@ -166,7 +166,9 @@ class KTOTrainer(Trainer):
             new_adapter=peft_config is not None and not args.sync_ref_model,
             init_kwargs=init_kwargs,
         )
-        for scored in filter(None, (policy, self.reference.model)):
+        for scored in (policy, self.reference.model):
+            if scored is None:
+                continue
             if args.disable_dropout:
                 disable_dropout(scored)
             attach_scoring(
@@ -577,7 +579,7 @@ def _default_collator(
     processing: Any, args: KTOConfig, vocab_size: int | None
 ) -> KTOCollator | ImageCollator:
     if isinstance(processing, ProcessorMixin):
-        return ImageCollator(processing, args.max_length, args.truncation_mode)
+        return ImageCollator(processing, args.max_length, args.truncation_mode, vocab_size)
     return KTOCollator(args.max_length, args.truncation_mode, vocab_size)
 
 

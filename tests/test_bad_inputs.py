@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, T5Config
 
@@ -325,8 +326,8 @@ ARGUMENTS: list[tuple[str, Callable[[], dict[str, Any]]]] = [
         lambda: {"ref_model": gpt2(), "eval_dataset": {"a": long_row()}},
     ),
     (
-        "max_length is 1024, which lets a stream's rows be longer; the model or its reference has",
-        lambda: {"model": gpt2(), "train_dataset": long_row().to_iterable_dataset()},
+        "ref_model is a OptimizedModule; pass a loaded model",
+        lambda: {"ref_model": torch.compile(tiny_model("llama"))},
     ),
 ]
 

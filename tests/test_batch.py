@@ -191,7 +191,7 @@ def test_whether_rows_are_paired_before_there_are_batches(tmp_path: Path) -> Non
 
     assert asked(None, kl_pairing="dataset") and asked(trls) and asked(trls, kl_pairing="dataset")
     assert not asked(None) and not asked(KTOCollator(None)) and not asked(trls, kl_scope="window")
-    assert not asked(trls, kl_pairing="distinct")
+    assert asked(lambda rows: trls(rows)) and not asked(trls, kl_pairing="distinct")
     assert not asked(trls, kl_pairing="dataset", loss_type="apo_zero_unpaired")
 
 

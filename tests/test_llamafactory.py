@@ -139,3 +139,9 @@ def test_the_model_is_its_own_reference_in_evaluation_alone(tmp_path: Path) -> N
     assert actual["eval_rewards/chosen"] == actual["eval_kl"] == 0
     with pytest.raises(ValueError, match="ref_model is model, so the reference would be trained"):
         trainers[1].train()
+
+
+def test_equal_with_a_stream_for_a_model_with_a_table_of_positions(tmp_path: Path) -> None:
+    """LLaMA-Factory has cut its rows, so no `max_length` has to say that they fit."""
+    rows = kto_rows(16).to_iterable_dataset()
+    assert_equal_runs(*both(tmp_path, family="gpt2", train_rows=rows))

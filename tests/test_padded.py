@@ -9,7 +9,7 @@ from torch import Tensor
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from fastkto import KTOConfig, KTOTrainer
-from fastkto.data.batch import check_batch, given_mismatched, matched_sequences
+from fastkto.data.batch import KTOCollator, check_batch, given_mismatched, matched_sequences
 from fastkto.data.padded import RaggedCollator, from_padded, is_padded
 from tests.models import tiny_model, tiny_tokenizer
 from tests.test_batch import MAX_LENGTH, trl_batches, trl_sequences
@@ -139,6 +139,15 @@ def test_trls_collator_trains_the_same_way(tmp_path: Path) -> None:
             assert one.get(key) == pytest.approx(other.get(key), abs=1e-6)
     for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_a_batch_of_lists_is_refused(tmp_path: Path) -> None:
+    def lists(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = KTOCollator(None)(rows)
+        return batch | {"input_ids": batch["input_ids"].tolist()}
+
+    with pytest.raises(ValueError, match="input_ids is a list, expected one row of torch.int64"):
+        run(tmp_path, data_collator=lists).train()
 
 
 def test_known_scores_need_no_reference(tmp_path: Path) -> None:

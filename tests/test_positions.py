@@ -93,3 +93,5 @@ def test_learned_prompts_take_positions() -> None:
     run(policy, 28)
     with pytest.raises(IndexError):
         run(policy, 29)
+    policy.add_adapter("ref", config)  # the frozen copy that is a run's reference
+    assert num_positions(policy) == 28

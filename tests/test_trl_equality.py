@@ -99,6 +99,20 @@ def test_equal_with_a_stream(tmp_path: Path) -> None:
     assert_equal_logs(expected, actual)
 
 
+def test_equal_where_all_rows_fit_a_table_of_positions(tmp_path: Path) -> None:
+    """And neither `max_length` of a stream nor the rows before a collator cuts them say so."""
+    collator = DataCollatorForUnpairedPreference(pad_token_id=0, max_length=40)
+    for positions, rows in (
+        (160, {"train_dataset": text_rows().to_iterable_dataset()}),  # and pairs, of up to 79 each
+        (40, {"train_dataset": text_rows(), "data_collator": collator}),
+    ):
+        sizes = {"n_positions": positions, "max_position_embeddings": positions}
+        run = {"ref_model": tiny_model("gpt2", seed=1, **sizes), **rows, "max_length": 1024}
+        run["model"] = tiny_model("gpt2", seed=2, **sizes)
+        expected, actual = both(tmp_path / str(positions), SMALL_PASSES, **run)
+        assert_equal_logs(expected, actual, kl_used=False)
+
+
 def test_equal_with_several_evaluation_sets(tmp_path: Path) -> None:
     expected, actual = both(
         tmp_path,
@@ -272,12 +286,18 @@ def test_a_run_that_trl_began_goes_on(reference: str, tmp_path: Path) -> None:
     assert (tmp_path / "fastkto" / "checkpoint-4" / "trainer_state.json").exists()
 
 
-@pytest.mark.parametrize("max_length", [None, 16])
-def test_equal_with_trls_collator(max_length: int | None, tmp_path: Path) -> None:
-    """Which brings the pairs that the data set has, of completions that are cut or not."""
-    collator = DataCollatorForUnpairedPreference(pad_token_id=0, max_length=max_length)
+@pytest.mark.parametrize(
+    ("max_length", "own"), [(None, None), (16, 16), (40, None), (None, 60)], ids=str
+)
+def test_equal_with_trls_collator(max_length: int | None, own: int | None, tmp_path: Path) -> None:
+    """Which brings the pairs that the data set has, of completions that it cuts or not.
+
+    Behind a function, too; `max_length` drops rows, and what it cuts is the collator's to say.
+    """
+    collator = DataCollatorForUnpairedPreference(pad_token_id=0, max_length=own)
     run = {"train_dataset": text_rows(), "eval_dataset": text_rows(7, seed=9)}
-    run |= {"data_collator": collator, "max_length": max_length, "per_device_eval_batch_size": 2}
+    run |= {"data_collator": lambda rows: collator(rows), "per_device_eval_batch_size": 2}
+    run |= {"max_length": max_length}
     expected, actual = both(tmp_path, SMALL_PASSES, **models(), **run)
     assert_equal_logs(expected, actual)
 

@@ -25,6 +25,7 @@ _ROW_COLUMNS = ("prompt_ids", "completion_ids", "label", "row")
 
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
+AS_GIVEN = "as given"  # of a batch that another library's collator has cut, or not
 VOCABULARY_REMEDY = (
     "use the model's own tokenizer, or resize its embeddings with "
     "model.resize_token_embeddings(len(tokenizer))"
@@ -50,7 +51,7 @@ class KTOCollator:
         kl_input_ids, kl_prompt_lengths, kl_completion_lengths, kl_prompt_keys (only if the rows
             have a column "KL_completion_ids"): the same of each prompt and that completion
         dropped_rows: how many rows of a stream were dropped on the way to these
-        truncation_mode: as given; a batch without it is cut as with "keep_start"
+        truncation_mode: that of the collator; a batch without it is cut as with "keep_start"
         media (only if a row has images): each row's `fastkto.data.media.Media`, or None
     Lists of integers and media stay on the CPU when the batch moves to a device, so that rows are
     paired and passes planned without waiting for the device. `label` comes first: accelerate reads
@@ -194,7 +195,7 @@ def check_tokens(batch: dict[str, Any], vocab_size: int | None) -> None:
 def _check_lengths(batch: dict[str, Any], max_length: int | None) -> None:
     """Every row has a completion, and room for a token of it behind its prompt."""
     lengths = zip(batch["prompt_lengths"], batch["completion_lengths"], strict=True)
-    limit = None if _keeps_end(batch) else max_length
+    limit = None if _keeps_end(batch) else _limit(batch, max_length)
     for row, (prompt, completion) in zip(batch["rows"], lengths, strict=True):
         if prompt < 0 or completion < 1 or (limit is not None and prompt >= limit):
             raise ValueError(
@@ -231,7 +232,7 @@ class TokenSequence(NamedTuple):
 
 def matched_sequences(batch: dict[str, Any], max_length: int | None) -> list[TokenSequence]:
     """Each row's prompt with its own completion: `B` sequences of at most `max_length` tokens."""
-    form = partial(_form, max_length=max_length, keep_end=_keeps_end(batch))
+    form = partial(_form, max_length=_limit(batch, max_length), keep_end=_keeps_end(batch))
     return [
         form(prompt, completion, key, media)
         for (prompt, completion), key, media in zip(
@@ -244,7 +245,7 @@ def mismatched_sequences(
     batch: dict[str, Any], partners: Sequence[Tensor | None], max_length: int | None
 ) -> list[TokenSequence | None]:
     """Each row's prompt, with its images, and its partner's completion; None without a partner."""
-    form = partial(_form, max_length=max_length, keep_end=_keeps_end(batch))
+    form = partial(_form, max_length=_limit(batch, max_length), keep_end=_keeps_end(batch))
     rows = zip(split_rows(batch), partners, batch["prompt_keys"], _media(batch), strict=True)
     return [
         None if partner is None else form(prompt, partner, key, media)
@@ -279,6 +280,10 @@ def _media(batch: dict[str, Any]) -> list[Media | None]:
 
 def _alternating_lengths(batch: dict[str, Any]) -> list[int]:
     return [*chain(*zip(batch["prompt_lengths"], batch["completion_lengths"], strict=True))]
+
+
+def _limit(batch: dict[str, Any], max_length: int | None) -> int | None:
+    return None if batch.get("truncation_mode") == AS_GIVEN else max_length
 
 
 def _keeps_end(batch: dict[str, Any]) -> bool:

@@ -35,11 +35,15 @@ class ImageCollator:
     processor: ProcessorMixin
     max_length: int | None
     truncation_mode: str = "keep_start"  # "keep_end": for rows of `prepare_rows` only
+    vocab_size: int | None = None  # as for `KTOCollator`
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         numbered = ({"row": index, **row} for index, row in enumerate(rows))
         encoded = [row if "prompt_ids" in row else self.encode(row) for row in numbered]
-        return KTOCollator(self.max_length, self.truncation_mode)(encoded)
+        # A placeholder may be no token of the model.
+        has_media = any(row.get("media") is not None for row in encoded)
+        vocab_size = None if has_media else self.vocab_size
+        return KTOCollator(self.max_length, self.truncation_mode, vocab_size)(encoded)
 
     def encode(self, row: dict[str, Any]) -> dict[str, Any]:
         """`prompt_ids`, `completion_ids`, `label`, `row` and `media` of a row."""

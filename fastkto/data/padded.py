@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkto.data.batch import check_tokens, prompt_key
+from fastkto.data.batch import AS_GIVEN, check_tokens, prompt_key
 from fastkto.data.cut_media import cut_media
 from fastkto.data.dropped import dropped_rows
 from fastkto.data.media import REPEATED, TOKEN_INPUTS, Media, MediaTokens
@@ -65,11 +65,11 @@ class RaggedCollator:
         batch = self.collator(rows)
         if is_padded(batch):
             batch = from_padded(batch, numbers, self.media_tokens)
-        is_ragged = isinstance(batch, dict) and set(_RAGGED) <= batch.keys()
-        if is_ragged and "media" not in batch:  # whose placeholders may be no tokens of the model
+        if not (isinstance(batch, dict) and isinstance(batch.get("input_ids"), Tensor)):
+            return batch  # for `check_batch` to refuse
+        if set(_RAGGED) <= batch.keys() and "media" not in batch:  # a placeholder may be no token
             check_tokens(batch, self.vocab_size)
-        if is_ragged:
-            batch.setdefault("dropped_rows", dropped_rows(rows))
+        batch.setdefault("dropped_rows", dropped_rows(rows))
         return batch
 
 
@@ -83,7 +83,7 @@ def from_padded(
     rows: Sequence[int] | None = None,
     media_tokens: MediaTokens | None = None,
 ) -> dict[str, Any]:
-    """The batch of `KTOCollator` that holds the same sequences.
+    """The batch of `KTOCollator` that holds the same sequences, which nothing cuts after this.
 
     The batch has `B` rows of `T` tokens, padded on either side:
         input_ids, attention_mask: [B, T]
@@ -118,7 +118,7 @@ def from_padded(
     label = batch[names.label]
     numbers = list(range(len(label))) if rows is None else list(rows)
     matched = _ragged(batch, names, "", numbers, media_tokens or {})
-    ragged = {"label": label.bool(), **matched, "rows": numbers}
+    ragged = {"label": label.bool(), **matched, "rows": numbers, "truncation_mode": AS_GIVEN}
     if f"{names.mismatched}input_ids" in batch:
         mismatched = _ragged(batch, names, names.mismatched, numbers, media_tokens or {})
         ragged |= {f"kl_{key}": value for key, value in mismatched.items()}

@@ -7,7 +7,9 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastkto.config import KTOConfig
+from fastkto.data.batch import KTOCollator
 from fastkto.data.image_rows import has_images, prepare_image_rows
+from fastkto.data.images import ImageCollator
 from fastkto.data.pairing import DATASET_PAIRING, MISMATCHED_COLUMN
 from fastkto.data.rows import RowReport, prepare_rows
 from fastkto.full_disk import explaining_full_cache
@@ -22,13 +24,12 @@ COLUMNS = ["prompt_ids", "completion_ids", "label", "length", "row"]
 def pairs_rows(args: KTOConfig, data_collator: Any) -> bool:
     """Whether rows are paired before there are batches.
 
-    So they are for TRL's collator: it cuts completions, which then fit behind their own prompts.
+    So they are for collators of others, as in TRL: one that cuts completions cuts them to fit
+    behind their own prompts.
     """
-    kinds = {kind.__name__ for kind in type(data_collator).__mro__}
-    is_trls = "DataCollatorForUnpairedPreference" in kinds and args.kl_scope == "batch"
-    return args.needs_kl and (
-        args.kl_pairing == DATASET_PAIRING or (is_trls and args.kl_pairing == "rotate")
-    )
+    is_ours = data_collator is None or isinstance(data_collator, KTOCollator | ImageCollator)
+    as_in_trl = not is_ours and args.kl_scope == "batch" and args.kl_pairing == "rotate"
+    return args.needs_kl and (args.kl_pairing == DATASET_PAIRING or as_in_trl)
 
 
 def prepare_data(
