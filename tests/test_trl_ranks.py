@@ -10,6 +10,7 @@ import pytest
 from tests.launch import launch
 from tests.trl_runs import assert_equal_logs
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent / "trl_ranks_run.py"
 
 

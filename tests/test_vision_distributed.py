@@ -11,6 +11,7 @@ from tests.launch import launch
 from tests.vision_distributed_run import CASES, WORLD_SIZE, run
 from tests.vision_models import tiny_vision_model
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent / "vision_distributed_run.py"
 
 

@@ -50,7 +50,7 @@ class KTOCollator:
             all their completions
         kl_input_ids, kl_prompt_lengths, kl_completion_lengths, kl_prompt_keys (only if the rows
             have a column "KL_completion_ids"): the same of each prompt and that completion
-        dropped_rows: how many rows of a stream were dropped on the way to these
+        dropped_rows: how many rows of a stream were dropped just before each
         truncation_mode: that of the collator; a batch without it is cut as with "keep_start"
         media (only if a row has images): each row's `fastkto.data.media.Media`, or None
     Lists of integers and media stay on the CPU when the batch moves to a device, so that rows are

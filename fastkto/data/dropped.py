@@ -51,6 +51,6 @@ class DropLong:
         self._has_warned = True
 
 
-def dropped_rows(rows: Sequence[dict[str, Any]]) -> int:
-    """How many rows of a stream were dropped on the way to these."""
-    return sum(row.get(DROPPED_COLUMN) or 0 for row in rows)
+def dropped_rows(rows: Sequence[dict[str, Any]]) -> list[int]:
+    """How many rows of a stream were dropped just before each of these."""
+    return [row.get(DROPPED_COLUMN) or 0 for row in rows]
