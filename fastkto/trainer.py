@@ -82,6 +82,7 @@ from fastkto.sharding import (
 from fastkto.start_line import StartLine
 from fastkto.step import BatchLoss, StepSettings
 from fastkto.step_check import StepCheck
+from fastkto.stored_weights import load_renamed
 from fastkto.vision import check_vision_model, media_tokens, set_vision_defaults
 from fastkto.window_scores import score_window
 
@@ -566,13 +567,20 @@ class KTOTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
+        policy: Any = self.model if model is None else model
+        if not self.is_fsdp_enabled and load_renamed(policy, resume_from_checkpoint):
+            return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.reference.adapter is None or self.accelerator.is_fsdp2:
             return  # under FSDP2 the trained one is in the model's file, and may be in no other
         # Some transformers load the adapters in subfolders and forget "default" beside them.
-        policy: Any = self.model if model is None else model
         if "default" in policy.peft_config:
             policy.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+
+    def _load_best_model(self) -> None:
+        is_divided = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if is_divided or not load_renamed(self.model, self.state.best_model_checkpoint or ""):
+            super()._load_best_model()
 
 
 def _default_collator(
