@@ -32,6 +32,7 @@ def check_batch_size(args: KTOConfig, name: str, batch_size: int, steps: int = 1
     remedy = (
         "use at least 2 for each process, or kl_scope='window' with more than one row in an "
         "optimizer step, or loss_type='apo_zero_unpaired'"
+        + (", or kl_pairing='dataset'" if name == "per_device_eval_batch_size" else "")
         if args.kl_scope == "batch"
         else "raise it, or for training gradient_accumulation_steps, or the number of processes, "
         "or use loss_type='apo_zero_unpaired'"

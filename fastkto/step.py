@@ -96,7 +96,7 @@ class BatchLoss:
         self.expert_counts: Tensor | None = None
         self._running: tuple[str, list[Group]] | None = None  # the last pass: its kind, its groups
         self.sums: dict[str, Tensor | float] = {}
-        self.add(dropped_rows=sum(batch.get("dropped_rows", ())))
+        self.add(dropped_rows=sum(batch.get("dropped_rows", ())[:counted]))
         self._known = batch.get("reference_logprob"), batch.get("kl_reference_logprob")
         if settings.args.needs_kl and given is None:
             self.add(lone_rows=pairs.lone_rows, same_prompt_rows=pairs.same_prompt_pairs)

@@ -33,7 +33,7 @@ from fastkto.data.dropped import DROPPED_COLUMN
 from fastkto.data.images import COLUMNS as IMAGE_COLUMNS
 from fastkto.data.images import ImageCollator
 from fastkto.data.padded import RaggedCollator, from_padded, is_padded
-from fastkto.data.pairing import MISMATCHED_COLUMN
+from fastkto.data.pairing import DATASET_PAIRING, MISMATCHED_COLUMN
 from fastkto.data.prepare import COLUMNS, AnyDataset, pairs_rows, prepare_data
 from fastkto.data.rows import RowReport
 from fastkto.embeddings import smallest_vocabulary
@@ -182,7 +182,12 @@ class KTOTrainer(Trainer):
             data_collator=(
                 _default_collator(processing, args, vocab_size)
                 if data_collator is None
-                else RaggedCollator(data_collator, media_tokens(policy), vocab_size)
+                else RaggedCollator(
+                    data_collator,
+                    media_tokens(policy),
+                    vocab_size,
+                    pairs_ragged=args.kl_pairing != DATASET_PAIRING,
+                )
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -247,7 +252,8 @@ class KTOTrainer(Trainer):
             **router_settings(self.model.config.get_text_config(), args),
         )
         self._train_metrics, self._eval_metrics = Metrics(args.metrics), Metrics(args.metrics)
-        self._without_names: dict[str, float] = {}  # of the set evaluated last, under TRL's names
+        # How the names of the last of several evaluation sets begin, and its metrics.
+        self._evaluated: tuple[str, dict[str, float]] = "eval_", {}
         self._step_check = StepCheck(self.ranks, args.output_dir)
         self._repeated_rows = RepeatedRows(self.accelerator, args.dataloader_num_workers)
         self._models_are_checked = self._budget_is_found = self._had_a_batch = False
@@ -442,9 +448,10 @@ class KTOTrainer(Trainer):
         """
         if "loss" in logs or "train_runtime" in logs:
             logs |= self._collect(self._train_metrics)[0]
-        elif self.step_settings.args.metrics == "trl":
-            logs |= self._without_names
-        self._without_names = {}
+        prefix, values = self._evaluated
+        if self.step_settings.args.metrics == "trl" and any(key.startswith(prefix) for key in logs):
+            logs |= {f"eval_{key}": value for key, value in values.items()}
+            self._evaluated = "eval_", {}
         super().log(logs, start_time)
 
     def _collect(self, metrics: Metrics) -> tuple[dict[str, float], float | None]:
@@ -486,8 +493,8 @@ class KTOTrainer(Trainer):
         )
         release_gathered(self.model_wrapped)
         values, loss = self._collect(self._eval_metrics)
-        if metric_key_prefix.startswith("eval_"):  # one of several sets
-            self._without_names = {f"eval_{key}": value for key, value in values.items()}
+        if metric_key_prefix.startswith("eval_"):
+            self._evaluated = f"{metric_key_prefix}_", dict(values)
         if loss is not None:
             values["loss"] = loss
         output.metrics.update({f"{metric_key_prefix}_{key}": v for key, v in values.items()})

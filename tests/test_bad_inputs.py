@@ -326,6 +326,10 @@ ARGUMENTS: list[tuple[str, Callable[[], dict[str, Any]]]] = [
         lambda: {"ref_model": gpt2(), "eval_dataset": {"a": long_row()}},
     ),
     (
+        "the train data has a transform (set_transform or with_transform), which rows that are",
+        lambda: {"train_dataset": long_row().with_transform(dict)},
+    ),
+    (
         "ref_model is a OptimizedModule; pass a loaded model",
         lambda: {"ref_model": torch.compile(tiny_model("llama"))},
     ),

@@ -105,13 +105,13 @@ def test_known_scores_of_unknown_pairs_are_refused() -> None:
         from_padded(batch)
 
 
-def run(folder: Path, **arguments: Any) -> KTOTrainer:
+def run(folder: Path, config: dict[str, Any] | None = None, **arguments: Any) -> KTOTrainer:
     fields = {"per_device_train_batch_size": 4, "max_steps": 2, "logging_steps": 1}
     fields |= {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     fields |= {"learning_rate": 0.05, "optim": "sgd", "max_length": MAX_LENGTH}
     return KTOTrainer(
         model=tiny_model("llama", seed=1),
-        args=KTOConfig(str(folder), **fields),
+        args=KTOConfig(str(folder), **fields | (config or {})),
         train_dataset=text_rows(8),
         processing_class=tiny_tokenizer(),
         **arguments,
@@ -139,6 +139,19 @@ def test_trls_collator_trains_the_same_way(tmp_path: Path) -> None:
             assert one.get(key) == pytest.approx(other.get(key), abs=1e-6)
     for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "random"])
+def test_a_function_around_our_collator_changes_no_pair(strategy: str, tmp_path: Path) -> None:
+    """The data set has pairs for padded batches; those of ragged ones are formed in the batch."""
+    logs = []
+    for collator in (None, lambda rows: KTOCollator(MAX_LENGTH)(rows)):
+        trainer = run(tmp_path, {"train_sampling_strategy": strategy}, data_collator=collator)
+        trainer.train()
+        logs.append([log for log in trainer.state.log_history if "loss" in log])
+    for one, other in zip(*logs, strict=True):
+        for key in ("loss", "kl", "grad_norm"):
+            assert one[key] == other[key], key
 
 
 def test_a_batch_of_lists_is_refused(tmp_path: Path) -> None:

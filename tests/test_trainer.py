@@ -317,6 +317,13 @@ def test_evaluate_returns_the_metrics_of_each_data_set(tmp_path: Path) -> None:
     assert metrics["eval_kl"] == metrics["eval_b_kl"]  # as in TRL, of the last set
 
 
+def test_a_log_of_something_else_has_no_metrics_of_an_evaluation(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.predict(text_rows(8, seed=3), metric_key_prefix="eval_x")
+    run.log({"mine": 1.0})
+    assert "eval_kl" not in run.state.log_history[-1]
+
+
 def test_a_log_of_exact_metrics_names_its_evaluation_set(tmp_path: Path) -> None:
     sets = {"a": text_rows(8, seed=3), "b": text_rows(4, seed=4)}
     run = trainer(tmp_path, eval_dataset=sets, metrics="exact")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
@@ -116,11 +117,18 @@ class ImageCollator:
 
 
 def _images(row: dict[str, Any]) -> list[Any]:
-    """A row's images; a column `image` holds one."""
-    if row.get("images") is not None:
-        images = row["images"]
-        return list(images) if isinstance(images, list | tuple) else [images]
-    return [] if row.get("image") is None else [row["image"]]
+    """A row's images, decoded; a column `image` holds one."""
+    try:
+        images = row.get("image") if row.get("images") is None else row["images"]
+        if images is None:
+            return []
+        images = images if isinstance(images, list | tuple) else [images]
+        return [Image().decode_example(one) if isinstance(one, dict) else one for one in images]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"row {row['row']} has an image that cannot be read ({error}); replace it, or leave "
+            "the row out"
+        ) from error
 
 
 def _media(inputs: dict[str, Any]) -> Media:

@@ -12,6 +12,7 @@ from fastkto.data.batch import AS_GIVEN, check_tokens, prompt_key
 from fastkto.data.cut_media import cut_media
 from fastkto.data.dropped import dropped_rows
 from fastkto.data.media import REPEATED, TOKEN_INPUTS, Media, MediaTokens
+from fastkto.data.pairing import MISMATCHED_COLUMN
 
 
 class _Names(NamedTuple):
@@ -59,10 +60,15 @@ class RaggedCollator:
     collator: Callable[[list[dict[str, Any]]], Any]
     media_tokens: MediaTokens = field(default_factory=dict)  # the model's
     vocab_size: int | None = None  # its tokens
+    pairs_ragged: bool = True  # whether rows of ragged batches are paired as `KTOCollator`'s are
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         numbers = [row.get("row", index) for index, row in enumerate(rows)]
         batch = self.collator(rows)
+        if self.pairs_ragged and not is_padded(batch) and MISMATCHED_COLUMN in rows[0]:
+            # The column is there for padded batches.
+            own = [{k: v for k, v in row.items() if k != MISMATCHED_COLUMN} for row in rows]
+            batch = self.collator(own)
         if is_padded(batch):
             batch = from_padded(batch, numbers, self.media_tokens)
         if not (isinstance(batch, dict) and isinstance(batch.get("input_ids"), Tensor)):

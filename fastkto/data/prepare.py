@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastkto.config import KTOConfig
 from fastkto.data.batch import KTOCollator
-from fastkto.data.image_rows import has_images, prepare_image_rows
+from fastkto.data.image_rows import has_images, prepare_image_rows, undecoded
 from fastkto.data.images import ImageCollator
 from fastkto.data.pairing import DATASET_PAIRING, MISMATCHED_COLUMN
 from fastkto.data.rows import RowReport, prepare_rows
@@ -68,6 +68,12 @@ def prepare_data(
             f"the {name} data is a {type(dataset).__name__}; pass a datasets.Dataset or "
             "IterableDataset, for example Dataset.from_list(rows)"
         )
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"the {name} data has a transform (set_transform or with_transform), which rows that "
+            "are prepared once would not get; apply it with dataset.map(...), or call "
+            "dataset.reset_format() and apply it in a data_collator"
+        )
     with explaining_full_cache(f"the {name} data", dataset):
         prepared, report = _prepare(dataset, name, processing, args, reads_images)
         if set(COLUMNS) <= set(prepared.column_names or ()):  # not rows with images
@@ -90,6 +96,8 @@ def _prepare(
         return dataset, None
     if has_images(columns):
         _check_image_run(processing, name, args)
+        if reads_images:
+            dataset = undecoded(dataset)
         with args.main_process_first(desc=f"checking the {name} data set"):
             return prepare_image_rows(
                 dataset,
