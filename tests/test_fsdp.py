@@ -15,6 +15,7 @@ from tests.fsdp_resume_run import CASES, MIDDLE, STEPS
 from tests.launch import launch
 from tests.models import tiny_model
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent / "fsdp_resume_run.py"
 
 

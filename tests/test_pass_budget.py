@@ -298,7 +298,8 @@ def test_only_a_number_or_auto_is_taken(tmp_path: Path, capsys: Any) -> None:
     assert "--max_tokens_per_pass NUMBER|auto" in TrainParser().format_help()
 
 
-@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_ranks_agree_and_the_least_room_counts(kind: str) -> None:
     output = launch(Path(__file__).parent / "budget_run.py", kind, processes=2)
     budgets = re.findall(r"budget (\d+) (\d+);", output)  # the ranks' lines may run together
