@@ -76,7 +76,8 @@ def needs_checkpointing(trainer: Trainer) -> bool:
                 "estimated once it is loaded; leave it out, and turn gradient_checkpointing off "
                 "if `fastkto plan` says that the run fits without"
             )
-    length = _longest(trainer.train_dataset, args)
+    data = trainer.train_dataset
+    length = max(trainer._row_lengths(data)) if isinstance(data, Dataset) else args.max_length
     if length is None:
         logger.warning("Gradient checkpointing stays on: without max_length no length is known.")
         return True
@@ -114,9 +115,3 @@ def device_memory(device: torch.device, models: list[Any]) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return psutil.virtual_memory().available + sum(map(model_bytes, filter(None, models)))
-
-
-def _longest(data: Any, args: KTOConfig) -> int | None:
-    if isinstance(data, Dataset):
-        return int(data.with_format("numpy", columns=["length"])["length"][:].max())
-    return args.max_length

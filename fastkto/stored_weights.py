@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -20,24 +21,43 @@ logger = logging.getLogger(__name__)
 
 
 def load_renamed(model: object, folder: str | Path) -> bool:
-    """Load a model that is saved under other names than its own; False if it is not."""
+    """Load a model that is saved under other names than its own; False if it is not.
+
+    What the model has beside its class's weights is loaded by its name. Raises ValueError if a
+    weight is not there.
+    """
     if not isinstance(model, PreTrainedModel):  # adapters have names of their own
         return False
-    if not _stored_names(Path(folder)) - set(model.state_dict()):
+    files, own = _files(Path(folder)), model.state_dict()
+    if not files.keys() - own.keys():
         return False
     logger.info("loading the weights in %s through from_pretrained", folder)
-    dtypes = {weight.dtype for weight in model.state_dict().values() if weight.is_floating_point()}
+    dtypes = {weight.dtype for weight in own.values() if weight.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # rounds none of them
-    stored = type(model).from_pretrained(folder, dtype=dtype)
-    model.load_state_dict(stored.state_dict())
+    stored, found = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if found["missing_keys"]:
+        raise ValueError(
+            f"the checkpoint {folder} has no {', '.join(sorted(found['missing_keys']))}; resume "
+            "from another one"
+        )
+    weights = stored.state_dict()
+    beside = (files.keys() & own.keys()) - weights.keys()
+    model.load_state_dict({**weights, **{name: _read(files[name], name) for name in beside}})
     return True
 
 
-def _stored_names(folder: Path) -> set[str]:
-    """Of the weights of a whole model; empty without any."""
+def _files(folder: Path) -> dict[str, Path]:
+    """The file of each weight of a whole model, by its name there; empty without any."""
     if (index := folder / SAFE_WEIGHTS_INDEX_NAME).exists():
-        return set(json.loads(index.read_text())["weight_map"])
-    if not (folder / SAFE_WEIGHTS_NAME).exists():
-        return set()
-    with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as weights:
-        return set(weights.keys())
+        names = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in names.items()}
+    file = folder / SAFE_WEIGHTS_NAME
+    if not file.exists():
+        return {}
+    with safe_open(file, framework="pt") as weights:
+        return dict.fromkeys(weights.keys(), file)
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as weights:
+        return weights.get_tensor(name)

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from pyarrow.compute import add, list_value_length
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -335,7 +336,11 @@ class KTOTrainer(Trainer):
         return device_memory(self)
 
     def _row_lengths(self, dataset: Dataset) -> list[int]:
-        """Tokens of each row's matched sequence."""
+        """Tokens of each row's matched sequence; before a collator of one's own has cut any."""
+        if isinstance(self.data_collator, RaggedCollator):
+            table = dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow")[:]
+            prompts, completions = (list_value_length(column) for column in table.columns)
+            return add(prompts, completions).to_pylist()
         return dataset.with_format("numpy", columns=["length"])["length"][:].tolist()
 
     def _score(

@@ -138,7 +138,8 @@ def trial_passes(trainer: KTOTrainer, batches: Sequence[dict[str, Any]]) -> Tria
         known = sorted(trainer._row_lengths(data))
         lengths = known[::-1][: trainer._train_batch_size]
     else:
-        length = args.max_length or int(most_of_ranks(longest.length, trainer.accelerator))
+        length = int(most_of_ranks(longest.length, trainer.accelerator))
+        length = max(args.max_length or 0, length)
         lengths = [length] * trainer._train_batch_size
     tokens = torch.cat([longest.prompt, longest.completion])
     return TrialPasses(

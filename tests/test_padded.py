@@ -141,6 +141,24 @@ def test_trls_collator_trains_the_same_way(tmp_path: Path) -> None:
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
 
+def test_rows_are_as_long_as_a_collator_of_ones_own_may_leave_them(tmp_path: Path) -> None:
+    """By which max_tokens_per_pass="auto" and checkpoint_passes="auto" plan."""
+    ours = run(tmp_path, {"max_length": 40})
+    theirs = run(tmp_path, {"max_length": 40}, data_collator=DataCollatorForUnpairedPreference(0))
+    cut, uncut = (trainer._row_lengths(trainer.train_dataset) for trainer in (ours, theirs))
+    assert max(cut) == 40 < max(uncut)
+    batch = theirs.data_collator([theirs.train_dataset[index] for index in range(len(uncut))])
+    assert [one.length for one in matched_sequences(batch, 40)] == uncut
+
+
+def test_a_collator_may_take_its_rows_apart(tmp_path: Path) -> None:
+    def taken(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        columns = ("prompt_ids", "completion_ids", "label", "row")
+        return KTOCollator(None)([{key: row.pop(key) for key in columns} for row in rows])
+
+    run(tmp_path, data_collator=taken).train()
+
+
 @pytest.mark.parametrize("strategy", ["sequential", "random"])
 def test_a_function_around_our_collator_changes_no_pair(strategy: str, tmp_path: Path) -> None:
     """The data set has pairs for padded batches; those of ragged ones are formed in the batch."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.stored_weights import load_renamed
@@ -93,6 +93,24 @@ def test_other_models_are_left_to_trainer(tmp_path: Path) -> None:
     model = tiny_model("llama", seed=1)
     model.save_pretrained(tmp_path)
     assert not load_renamed(model, tmp_path) and not load_renamed(model, tmp_path / "nowhere")
+
+
+def test_parts_beside_the_class_are_loaded_and_missing_ones_are_an_error(tmp_path: Path) -> None:
+    model = tiny_model("mixtral", seed=1)
+    model.value = torch.nn.Linear(2, 2)
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    assert load_renamed(model, tmp_path)
+    for name, weight in model.state_dict().items():
+        assert weight.equal(expected[name]), name
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["model.layers.0.input_layernorm.weight"]
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="has no model.layers.0.input_layernorm.weight; resume"):
+        load_renamed(model, tmp_path)
 
 
 def test_weights_of_two_dtypes_are_not_rounded(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset, Value
 from transformers import ProcessorMixin
 
 from fastkto.data import formats, images, messages
@@ -26,17 +26,6 @@ from fastkto.data.rows import RowReport, check_rows, check_some_fit, check_token
 def has_images(columns: Sequence[str]) -> bool:
     """Whether a data set with these columns has one for images."""
     return any(column in columns for column in images.IMAGE_COLUMNS)
-
-
-def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The data set whose images `ImageCollator` decodes, where an error can name their row."""
-    for column in images.IMAGE_COLUMNS:
-        kind = (dataset.features or {}).get(column)
-        if isinstance(kind, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-        elif isinstance(kind, List) and isinstance(kind.feature, Image):
-            dataset = dataset.cast_column(column, List(Image(decode=False)))
-    return dataset
 
 
 def prepare_image_rows(

@@ -64,18 +64,19 @@ class RaggedCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         numbers = [row.get("row", index) for index, row in enumerate(rows)]
+        dropped = dropped_rows(rows)
+        has_pairs = any(MISMATCHED_COLUMN in row for row in rows)
         batch = self.collator(rows)
-        if self.pairs_ragged and not is_padded(batch) and MISMATCHED_COLUMN in rows[0]:
-            # The column is there for padded batches.
-            own = [{k: v for k, v in row.items() if k != MISMATCHED_COLUMN} for row in rows]
-            batch = self.collator(own)
         if is_padded(batch):
             batch = from_padded(batch, numbers, self.media_tokens)
+        elif self.pairs_ragged and has_pairs and isinstance(batch, dict):
+            # The data set has them for padded batches.
+            batch = {key: value for key, value in batch.items() if not key.startswith("kl_")}
         if not (isinstance(batch, dict) and isinstance(batch.get("input_ids"), Tensor)):
             return batch  # for `check_batch` to refuse
         if set(_RAGGED) <= batch.keys() and "media" not in batch:  # a placeholder may be no token
             check_tokens(batch, self.vocab_size)
-        batch.setdefault("dropped_rows", dropped_rows(rows))
+        batch.setdefault("dropped_rows", dropped)
         return batch
 
 

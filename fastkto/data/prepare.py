@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastkto.config import KTOConfig
 from fastkto.data.batch import KTOCollator
-from fastkto.data.image_rows import has_images, prepare_image_rows, undecoded
+from fastkto.data.image_rows import has_images, prepare_image_rows
 from fastkto.data.images import ImageCollator
 from fastkto.data.pairing import DATASET_PAIRING, MISMATCHED_COLUMN
 from fastkto.data.rows import RowReport, prepare_rows
@@ -96,8 +96,6 @@ def _prepare(
         return dataset, None
     if has_images(columns):
         _check_image_run(processing, name, args)
-        if reads_images:
-            dataset = undecoded(dataset)
         with args.main_process_first(desc=f"checking the {name} data set"):
             return prepare_image_rows(
                 dataset,
