@@ -336,11 +336,13 @@ class KTOTrainer(Trainer):
         return device_memory(self)
 
     def _row_lengths(self, dataset: Dataset) -> list[int]:
-        """Tokens of each row's matched sequence; before a collator of one's own has cut any."""
-        if isinstance(self.data_collator, RaggedCollator):
+        """Most tokens of each row's matched sequence; a collator of one's own says its limit."""
+        given = getattr(self.data_collator, "collator", None)
+        if given is not None and not isinstance(given, KTOCollator):
             table = dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow")[:]
             prompts, completions = (list_value_length(column) for column in table.columns)
-            return add(prompts, completions).to_pylist()
+            most = getattr(given, "max_length", None) or float("inf")
+            return [min(length, most) for length in add(prompts, completions).to_pylist()]
         return dataset.with_format("numpy", columns=["length"])["length"][:].tolist()
 
     def _score(

@@ -149,6 +149,9 @@ def test_rows_are_as_long_as_a_collator_of_ones_own_may_leave_them(tmp_path: Pat
     assert max(cut) == 40 < max(uncut)
     batch = theirs.data_collator([theirs.train_dataset[index] for index in range(len(uncut))])
     assert [one.length for one in matched_sequences(batch, 40)] == uncut
+    for collator in (KTOCollator(40), DataCollatorForUnpairedPreference(0, max_length=40)):
+        own = run(tmp_path, {"max_length": 40}, data_collator=collator)
+        assert own._row_lengths(own.train_dataset) == cut
 
 
 def test_a_collator_may_take_its_rows_apart(tmp_path: Path) -> None:
@@ -156,7 +159,9 @@ def test_a_collator_may_take_its_rows_apart(tmp_path: Path) -> None:
         columns = ("prompt_ids", "completion_ids", "label", "row")
         return KTOCollator(None)([{key: row.pop(key) for key in columns} for row in rows])
 
-    run(tmp_path, data_collator=taken).train()
+    trainer = run(tmp_path, data_collator=taken)
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "random"])
