@@ -6,7 +6,6 @@ where a look costs nothing: targets are checked, and ignored tokens are left out
 
 from collections.abc import Callable
 from importlib import import_module
-from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -244,7 +243,7 @@ def _(direction: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(direction, dtype=dtype)
 
 
-# What each operator does, for those who look inside.
+# What each operator does: `memory_fake` runs them on tensors without data.
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.fastkto.linear_logprob.default: _score,
     torch.ops.fastkto.linear_logprob_backward.default: _differentiate,
@@ -286,9 +285,7 @@ def _spread(value: Tensor | None, rows: Tensor, num_tokens: int) -> Tensor | Non
 
 def _steps(backend: str) -> Steps:
     """The module with the backend's tile steps; Triton is imported only when it is used."""
-    name = "linear_logprob" if backend == "triton" else "linear_logprob_torch"
-    module: ModuleType = import_module(f"fastkto_kernels.{name}")
-    return cast(Steps, module)
+    return cast(Steps, import_module(f"fastkto_kernels.tile_steps_{backend}"))
 
 
 def _scan(

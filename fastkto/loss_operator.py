@@ -96,10 +96,7 @@ kto_loss.register_autograd(_backward, setup_context=_setup_context)
 
 def _steps(backend: str, device: torch.device) -> ModuleType:
     """The module with the row steps of a backend; Triton is imported only when it is used."""
-    chosen = choose_backend(backend, device).name
-    return import_module(
-        f"fastkto_kernels.{'kto_loss' if chosen == 'triton' else 'kto_loss_torch'}"
-    )
+    return import_module(f"fastkto_kernels.row_steps_{choose_backend(backend, device).name}")
 
 
 def _check_offsets(offsets: Tensor, num_tokens: int) -> None:

@@ -170,7 +170,7 @@ def test_the_gate_refuses_a_package_without_kernels(tmp_path: Path) -> None:
 def test_the_gate_finds_too_much_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "kernels"))
     gate = importlib.import_module("aot_gate")
-    case = importlib.import_module("fastkto_kernels.kto_loss").compile_cases()[0]
+    case = importlib.import_module("fastkto_kernels.row_steps_triton").compile_cases()[0]
     for shared, num_findings in ((64 * 1024, 0), (64 * 1024 + 1, 2)):
         resources = gate.Resources(registers=40, spills=0, shared=shared)
         monkeypatch.setattr(gate, "compile_case", lambda *_, found=resources, **__: found)
@@ -184,7 +184,7 @@ def test_the_stated_forms_are_those_that_are_launched(monkeypatch: pytest.Monkey
     """Compile-time values and absent pointers of every launch, over all options."""
     modules = [
         importlib.import_module(f"fastkto_kernels.{name}")
-        for name in ("linear_logprob", "kto_loss", "fused_scan")
+        for name in ("tile_steps_triton", "row_steps_triton", "fused_scan")
     ]
     cases = [case for module in modules for case in module.compile_cases()]
     stated = {_form(case.kernel, case.constexprs) for case in cases}

@@ -191,7 +191,7 @@ def test_ignored_rows_are_exactly_zero(use_table: UseTable) -> None:
 def test_the_state_is_that_of_the_tiles(use_table: UseTable) -> None:
     """What a backward pass needs besides the scores, ignored rows included."""
     from fastkto_kernels import fused_scan
-    from fastkto_kernels import linear_logprob as steps
+    from fastkto_kernels import tile_steps_triton as steps
     from fastkto_kernels.operands import Operands
     from fastkto_kernels.scan import scan_logits
     from fastkto_kernels.tiles import LogitTransform

@@ -159,7 +159,7 @@ def test_two_runs_of_a_real_head_are_equal_to_the_bit(trainable: bool, backend: 
 
 def expected_memory(**fields: Any) -> HeadMemory:
     """Of the whole head in tiles."""
-    from fastkto_kernels.linear_logprob import BYTES_PER_LOGIT
+    from fastkto_kernels.tile_steps_triton import BYTES_PER_LOGIT
 
     dtypes = dict.fromkeys(("hidden_dtype", "weight_dtype", "compute_dtype"), torch.bfloat16)
     sizes = {"num_tokens": N, "hidden_size": D, "vocab_size": V, "memory_bytes": 96 * MIB}

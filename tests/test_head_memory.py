@@ -7,7 +7,7 @@ import torch
 
 from fastkto import linear_logprob
 from fastkto.logprob_operator import ROWS_AT_ONCE
-from fastkto_kernels import linear_logprob_torch
+from fastkto_kernels import tile_steps_torch
 from fastkto_kernels.memory import HeadCall, head_memory
 from tests.allocations import measured_peak
 
@@ -64,7 +64,7 @@ def call_of(num_tokens: int, dtype: torch.dtype, trainable: bool, temporaries: i
         compute_dtype=dtype,
         trainable=trainable,
         memory_bytes=96 * 2**20,
-        bytes_per_logit=linear_logprob_torch.BYTES_PER_LOGIT,
+        bytes_per_logit=tile_steps_torch.BYTES_PER_LOGIT,
         temporaries=temporaries,
         device_type="cpu",
     )

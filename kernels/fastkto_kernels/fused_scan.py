@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import CompileCase
-from .linear_logprob import transform_logits
 from .operands import Operands
 from .scan_table import ALIGNMENT, CANDIDATES, Blocks
+from .tile_steps_triton import transform_logits
 from .tiles import EXP_FLOOR, LOWEST_LOGIT, RowState, spans
 
 # Programs that share the rows of a block: enough to fill a GPU when there are few tokens.

@@ -118,11 +118,11 @@ def time_forms(operands: Operands, candidates: Sequence[Blocks]) -> Iterator[Tim
 
 def scan_tiles(operands: Operands, *, stats: bool = False) -> RowState:
     """The state from tiles."""
-    from . import linear_logprob
+    from . import tile_steps_triton
     from .scan import scan_logits
 
     return scan_logits(
-        operands, linear_logprob, stats=stats, with_direction=False, memory_bytes=MEMORY_BYTES
+        operands, tile_steps_triton, stats=stats, with_direction=False, memory_bytes=MEMORY_BYTES
     ).state
 
 

@@ -2,7 +2,7 @@
 
 Dimensions: N tokens, D hidden size, V vocabulary; a tile holds the logits of R of the N tokens and
 C of the V vocabulary entries. What happens to a tile is a step that a backend supplies
-(`linear_logprob` in Triton, `linear_logprob_torch` in PyTorch); the matmuls are the vendor's,
+(`tile_steps_triton`, `tile_steps_torch`); the matmuls are the vendor's,
 and the loops over tiles are in `scan` and `gradients`.
 
 The target is left out of every sum and of the running maximum. Its probability p then comes from

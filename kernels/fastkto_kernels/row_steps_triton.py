@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import CompileCase
-from .kto_loss_torch import RowLosses
+from .row_steps_torch import RowLosses
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -103,7 +103,7 @@ def row_losses(
     undesirable_weight: float,
     sft_weight: float,
 ) -> RowLosses:
-    """Loss of each row and its slope; the formula is in `kto_loss_torch.row_losses`."""
+    """Loss of each row and its slope; the formula is in `row_steps_torch.row_losses`."""
     num_rows = is_desirable.shape[0]
     result = RowLosses(*(torch.empty_like(reference_logprob) for _ in RowLosses._fields))
     if num_rows:
