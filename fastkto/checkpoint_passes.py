@@ -89,10 +89,9 @@ def needs_checkpointing(trainer: Trainer) -> bool:
             args.world_size, accelerator.distributed_type is DistributedType.FSDP
         ),
     )
-    budget = args.max_tokens_per_pass if isinstance(args.max_tokens_per_pass, int) else None
     memory = device_memory(args.device, [policy, reference])
     least = int(-most_of_ranks(-memory, accelerator))
-    found = without_checkpointing(estimator, length, budget, least)
+    found = without_checkpointing(estimator, length, args.given_tokens, least)
     if trainer.is_world_process_zero():
         logger.warning(
             "Gradient checkpointing %s: without it the run needs %.2f GiB, and there are %.2f%s.",

@@ -17,6 +17,7 @@ from fastkto.window import KL_SCOPES
 
 # Most tokens in a pass, unless another number is given or found.
 DEFAULT_TOKENS = 4096
+_STEPS_IN_BACKWARD = ("lomo", "layerwise")
 
 
 @dataclass
@@ -293,8 +294,36 @@ class KTOConfig(TrainingArguments):
     @property
     def grad_tokens(self) -> int:
         """`max_tokens_per_pass`; its default where "auto" has not been found yet."""
+        return self.given_tokens or DEFAULT_TOKENS
+
+    @property
+    def given_tokens(self) -> int | None:
+        """`max_tokens_per_pass`; None where "auto" has not been found yet."""
         number = self.max_tokens_per_pass
-        return number if isinstance(number, int) else DEFAULT_TOKENS
+        return number if isinstance(number, int) else None
+
+    @property
+    def optimizer_name(self) -> str:
+        """The value of `optim`, of which transformers makes a member of an enumeration."""
+        return str(getattr(self.optim, "value", self.optim))
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether the optimizer updates the weights inside backward: a second pass sees others."""
+        return any(kind in self.optimizer_name for kind in _STEPS_IN_BACKWARD)
+
+    @property
+    def pairs_are_known(self) -> bool:
+        """Whether it is known before the first step which rows will be paired."""
+        return self.train_sampling_strategy == "sequential" or not self.needs_partners
+
+    @property
+    def scores_are_known(self) -> bool:
+        """Whether it is known then what the reference will score.
+
+        A batch size that is found while training gives other pairs.
+        """
+        return self.pairs_are_known and not self.auto_find_batch_size
 
     @property
     def needs_kl(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the trainer refuses, and what to do instead. Checked before anything is trained."""
+"""What the trainer refuses, and what to do instead; before anything is trained if it can be."""
 
 from typing import Any
 
@@ -12,9 +12,6 @@ from fastkto.data.batch import VOCABULARY_REMEDY
 from fastkto.data.rows import RowReport
 from fastkto.embeddings import vocabulary
 from fastkto.sharding import reduce_at_every_backward
-
-# These optimizers update the weights inside backward, so a second pass would see other weights.
-STEPS_IN_BACKWARD = ("lomo", "layerwise")
 
 
 def check_batch_size(args: KTOConfig, name: str, batch_size: int, steps: int = 1) -> None:
@@ -49,6 +46,11 @@ def check_arguments(model: Any, ref_model: Any, args: KTOConfig) -> None:
         raise TypeError(
             f"args is a {type(args).__name__}; pass a fastkto.KTOConfig, or any TrainingArguments"
         )
+    _check_given_models(model, ref_model)
+    _check_settings(args)
+
+
+def _check_given_models(model: Any, ref_model: Any) -> None:
     if not isinstance(model, str | torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass a path, a hub id or a model")
     if not (ref_model is None or isinstance(ref_model, PreTrainedModel | PeftModel)):
@@ -66,6 +68,9 @@ def check_arguments(model: Any, ref_model: Any, args: KTOConfig) -> None:
                 f"model and ref_model {what}, so the reference would be trained too; leave "
                 "ref_model out to use the initial policy, or load it a second time"
             )
+
+
+def _check_settings(args: KTOConfig) -> None:
     check_batch_size(
         args,
         "per_device_train_batch_size",
@@ -78,10 +83,9 @@ def check_arguments(model: Any, ref_model: Any, args: KTOConfig) -> None:
             f"{name}=True converts the weights when it evaluates, so that log-probabilities which "
             "precompute_ref_log_probs=True has kept are another reference's; leave one of them out"
         )
-    optim = str(getattr(args.optim, "value", args.optim))
-    if args.gradient_accumulation_steps > 1 and any(kind in optim for kind in STEPS_IN_BACKWARD):
+    if args.gradient_accumulation_steps > 1 and args.steps_in_backward:
         raise ValueError(
-            f"optim={optim!r} updates the weights inside backward, so the later of "
+            f"optim={args.optimizer_name!r} updates the weights inside backward, so the later of "
             f"gradient_accumulation_steps={args.gradient_accumulation_steps} micro-batches would "
             "have a KL estimate of other weights; use 1, or another optimizer"
         )
@@ -221,12 +225,11 @@ def check_prepared(accelerator: Any) -> None:
         )
 
 
-def check_optimizer(optim: Any, num_passes: int) -> None:
+def check_optimizer(args: KTOConfig, num_passes: int) -> None:
     """Refuse several passes with gradient for an optimizer that steps in each backward."""
-    name = str(getattr(optim, "value", optim))
-    if num_passes > 1 and any(kind in name for kind in STEPS_IN_BACKWARD):
+    if num_passes > 1 and args.steps_in_backward:
         raise ValueError(
-            f"optim={name!r} updates the weights inside backward, and this batch takes "
-            f"{num_passes} passes with gradient; raise max_tokens_per_pass, lower "
+            f"optim={args.optimizer_name!r} updates the weights inside backward, and this batch "
+            f"takes {num_passes} passes with gradient; raise max_tokens_per_pass, lower "
             "per_device_train_batch_size, or choose another optimizer"
         )

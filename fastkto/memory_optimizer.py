@@ -32,7 +32,7 @@ class OptimizerBytes(NamedTuple):
 def optimizer_bytes(model: nn.Module, args: KTOConfig) -> OptimizerBytes:
     """Bytes of the optimizer that `args.optim` names, for the parameters that need a gradient."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    name = str(getattr(args.optim, "value", args.optim))
+    name = args.optimizer_name
     if name in MEASURED and parameters:
         return _measure(parameters, args)
     values = next((n for kind, n in VALUES_KEPT.items() if kind in name), ADAM_VALUES)

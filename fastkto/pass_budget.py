@@ -16,7 +16,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fastkto.config import DEFAULT_TOKENS, KTOConfig
-from fastkto.limits import STEPS_IN_BACKWARD
 from fastkto.memory_optimizer import optimizer_bytes
 from fastkto.trial_passes import TrialPasses, most_of_ranks, trial_passes
 
@@ -76,9 +75,9 @@ def check_auto(args: KTOConfig, distributed_type: DistributedType) -> None:
     """Refuse what trial passes would leave a trace in."""
     if args.max_tokens_per_pass != "auto":
         return
-    reason, optim = "", str(getattr(args.optim, "value", args.optim))
-    if any(kind in optim for kind in STEPS_IN_BACKWARD):
-        reason = f"optim={optim!r} updates the weights inside backward"
+    reason = ""
+    if args.steps_in_backward:
+        reason = f"optim={args.optimizer_name!r} updates the weights inside backward"
     elif distributed_type is DistributedType.DEEPSPEED:
         reason = "DeepSpeed keeps gradients where they cannot be dropped"
     if reason:

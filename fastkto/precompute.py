@@ -44,9 +44,6 @@ def precompute(trainer: KTOTrainer) -> None:
     several ranks all of them have to call this. The random state of the CPU stays what it is.
     """
     args, train_set = trainer.step_settings.args, trainer.train_dataset
-    pairs_are_known = args.train_sampling_strategy == "sequential" or not args.needs_partners
-    # A batch size that is found while training would give other pairs.
-    is_complete = pairs_are_known and not args.auto_find_batch_size
     given = trainer.eval_dataset
     eval_sets = given if isinstance(given, dict) else {} if given is None else {None: given}
     with torch.random.fork_rng(devices=[]):
@@ -55,14 +52,14 @@ def precompute(trainer: KTOTrainer) -> None:
             steps, accumulated = trainer.state.max_steps, trainer.args.gradient_accumulation_steps
             sizes = min(len(loader), steps * accumulated), trainer._train_batch_size
             windows = _train_windows(trainer, loader, steps)
-            _score(trainer, "train", loader, windows, *sizes, paired=pairs_are_known)
+            _score(trainer, "train", loader, windows, *sizes, paired=args.pairs_are_known)
         for name, eval_set in eval_sets.items():
             if has_length(eval_set):
                 loader = trainer.get_eval_dataloader(name)
                 windows = _evaluation_windows(trainer, loader)
                 sizes = len(loader), args.eval_batch_size
                 _score(trainer, name or "eval", loader, windows, *sizes, paired=True)
-    if is_complete and all(map(has_length, [train_set, *eval_sets.values()])):
+    if args.scores_are_known and all(map(has_length, [train_set, *eval_sets.values()])):
         _release(trainer)
 
 

@@ -391,7 +391,7 @@ class KTOTrainer(Trainer):
             (batch_loss,) = self._score([inputs], [counted])
         batch_loss.take_labels(inputs)
         if training:
-            check_optimizer(self.args.optim, len(batch_loss.plan))
+            check_optimizer(self.step_settings.args, len(batch_loss.plan))
         done: Tensor | float = 0.0
         with batch_loss.naming_pass(), nullcontext() if training else evaluating(model):
             for groups in batch_loss.plan[:-1]:

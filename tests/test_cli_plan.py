@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from fastkto.cli import main
 from fastkto.cli.plan import PlanParser, parse_memory
-from fastkto.cli.plan_model import plan_estimator, releases_reference
+from fastkto.cli.plan_model import plan_estimator
 from fastkto.cli.plan_options import smaller_settings
 from fastkto.cli.train import build_trainer
 from fastkto.memory import MemoryEstimator
@@ -108,7 +108,8 @@ def test_the_reference_is_released_where_the_run_releases_it(
     if fields["precompute_ref_log_probs"]:
         fields["reference_cache"] = str(tmp_path / "cache")
     trainer = trainer_of(tmp_path, model={"hidden_size": 32, "num_hidden_layers": 1}, **fields)
-    assert releases_reference(trainer.args) is released
+    args = trainer.args
+    assert (args.precompute_ref_log_probs and args.scores_are_known) is released
     trainer.train()
     assert isinstance(trainer.reference.model, ReleasedReference) is released
 

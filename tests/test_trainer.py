@@ -889,11 +889,11 @@ def test_optimizer_that_steps_in_backward_is_refused_with_accumulation(tmp_path:
 
 
 def test_optimizer_that_steps_in_backward_needs_a_single_pass() -> None:
-    check_optimizer("adamw_torch", 3)
-    check_optimizer("galore_adamw_layerwise", 1)
+    check_optimizer(KTOConfig(optim="adamw_torch"), 3)
+    check_optimizer(KTOConfig(optim="galore_adamw_layerwise"), 1)
     for name in ("lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"):
         with pytest.raises(ValueError, match=f"optim='{name}' updates the weights inside backward"):
-            check_optimizer(name, 2)
+            check_optimizer(KTOConfig(optim=name), 2)
 
 
 def fake_devices(**fields: Any) -> Any:

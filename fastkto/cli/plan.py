@@ -12,7 +12,7 @@ from fastkto.checkpoint_passes import WithoutCheckpointing, saving, without_chec
 from fastkto.cli.arguments import Arguments
 from fastkto.cli.console import CommandError, mistakes, say, table
 from fastkto.cli.parser import COMMON, TrainParser
-from fastkto.cli.plan_model import pass_budget, plan_estimator
+from fastkto.cli.plan_model import plan_estimator
 from fastkto.cli.plan_options import smaller_settings
 from fastkto.cli.preflight import check_model
 from fastkto.cli.summary import describe_model, precision
@@ -118,7 +118,7 @@ def plan(arguments: Arguments, target: Target) -> None:
         raise CommandError("max_length is empty; give the longest sequence's tokens")
     with mistakes(*SETTING_UP):
         estimator = plan_estimator(arguments, target.processes)
-        budget = pass_budget(args)
+        budget = args.given_tokens
         without = None
         if args.gradient_checkpointing:
             without = without_checkpointing(estimator, length, budget, target.memory)
@@ -164,7 +164,7 @@ def _facts(
             f"{memory.pass_tokens:,} tokens{found}, {checkpointing} checkpointing{offloading}",
         ),
         ("attention", policy.config._attn_implementation),
-        ("optimizer", str(getattr(args.optim, "value", args.optim))),
+        ("optimizer", args.optimizer_name),
         ("memory", f"{target.memory / GIB:.2f} GiB{devices}"),
     ]
 

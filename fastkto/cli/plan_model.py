@@ -21,12 +21,6 @@ BYTES_OF_NESTED_4_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 BYTES_OF_8_BIT = 1.0
 
 
-def pass_budget(args: KTOConfig) -> int | None:
-    """`max_tokens_per_pass`, or None where a pass is found by trying."""
-    budget = args.max_tokens_per_pass
-    return budget if isinstance(budget, int) else None
-
-
 def plan_estimator(arguments: Arguments, processes: int) -> MemoryEstimator:
     """The memory of the run, with the policy and the reference that it would load."""
     model, args = arguments.model, arguments.training
@@ -70,18 +64,11 @@ def meta_model(name: str, revision: str, model: ModelArguments, args: KTOConfig)
     return built
 
 
-def releases_reference(args: KTOConfig) -> bool:
-    """Whether the run releases a second model before the first step, as `fastkto.precompute` does.
-
-    Data of the command line always has a length.
-    """
-    pairs_are_known = args.train_sampling_strategy == "sequential" or not args.needs_partners
-    return args.precompute_ref_log_probs and pairs_are_known and not args.auto_find_batch_size
-
-
 def _deployment(model: ModelArguments, args: KTOConfig, processes: int) -> Deployment:
     size = BYTES_OF_8_BIT if model.load_in_8bit else None
     if model.load_in_4bit:
         size = BYTES_OF_NESTED_4_BIT if model.use_bnb_nested_quant else BYTES_OF_4_BIT
     sharded = bool(args.fsdp) and processes > 1
-    return Deployment(processes, sharded, size, releases_reference(args))
+    # Data of the command line always has a length.
+    releases_reference = args.precompute_ref_log_probs and args.scores_are_known
+    return Deployment(processes, sharded, size, releases_reference)

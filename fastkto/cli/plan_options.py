@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from fastkto.cli.arguments import Arguments
 from fastkto.cli.console import mistakes
-from fastkto.cli.plan_model import pass_budget, plan_estimator
+from fastkto.cli.plan_model import plan_estimator
 from fastkto.cli.train import SETTING_UP
 
 SMALL_HEAD_MIB = 32
@@ -72,7 +72,7 @@ def _sum(arguments: Arguments, options: list[_Option], processes: int) -> Settin
 def _options(arguments: Arguments) -> Iterator[_Option]:
     """What could be changed, beginning with what costs least in time and in what is trained."""
     model, args = arguments.model, arguments.training
-    budget, length = pass_budget(args), args.max_length
+    budget, length = args.given_tokens, args.max_length
     has_reference = model.ref_model is not None or not model.use_peft
     if has_reference and not args.precompute_ref_log_probs and not args.sync_ref_model:
         yield _Option("--precompute_ref_log_probs", {}, {"precompute_ref_log_probs": True})
@@ -110,4 +110,4 @@ def _total(arguments: Arguments, options: list[_Option], processes: int) -> int:
     with mistakes(*SETTING_UP):
         estimator = plan_estimator(arguments._replace(model=model, training=args), processes)
         assert args.max_length is not None
-        return estimator.run(args.max_length, pass_budget(args)).total
+        return estimator.run(args.max_length, args.given_tokens).total
