@@ -82,30 +82,21 @@ class Metrics:
         micro_batches = self.take(reduce)
         if not micro_batches:
             return {}, None
+        total = {name: sum(sums[name] for sums in micro_batches) for name in FIELDS}
         per_batch = [_values(sums) for sums in micro_batches]
         names = dict.fromkeys(name for values in per_batch for name in values)
         logs = {name: _mean([v[name] for v in per_batch if name in v]) for name in names}
         if self._averaging == "exact":
-            total = {name: sum(sums[name] for sums in micro_batches) for name in FIELDS}
             # An estimate for each micro-batch, which no sum over them replaces.
-            weights = [sums["rows"] for sums in micro_batches]
-            estimates = [values["kl"] for values in per_batch]
-            kl = sum(w * kl for w, kl in zip(weights, estimates, strict=True))
-            logs = _values(total) | {"kl": kl / max(sum(weights), 1)}
-        for name, field in _COUNTS.items():
-            if count := sum(sums[field] for sums in micro_batches):
-                logs[name] = count
-        hits, misses = (
-            sum(sums[name] for sums in micro_batches)
-            for name in ("ref_cache_hits", "ref_cache_misses")
-        )
-        if hits + misses:
-            logs |= {"ref_cache_hits": hits, "ref_cache_misses": misses}
-        if computed := sum(sums["computed_tokens"] for sums in micro_batches):
-            tokens = sum(sums["sequence_tokens"] for sums in micro_batches)
-            logs["pass_efficiency"] = tokens / computed
-        rows = sum(sums["rows"] for sums in micro_batches)
-        return logs, sum(sums["loss_sum"] for sums in micro_batches) / rows if rows else None
+            pairs = zip(micro_batches, per_batch, strict=True)
+            kl = sum(sums["rows"] * values["kl"] for sums, values in pairs)
+            logs = _values(total) | {"kl": kl / max(total["rows"], 1)}
+        logs |= {name: total[field] for name, field in _COUNTS.items() if total[field]}
+        if total["ref_cache_hits"] or total["ref_cache_misses"]:
+            logs |= {name: total[name] for name in ("ref_cache_hits", "ref_cache_misses")}
+        if total["computed_tokens"]:
+            logs["pass_efficiency"] = total["sequence_tokens"] / total["computed_tokens"]
+        return logs, total["loss_sum"] / total["rows"] if total["rows"] else None
 
 
 def _on_device(value: Tensor | float, device: torch.device) -> Tensor:
@@ -150,11 +141,7 @@ class TokenCount(TrainerCallback, ExportableState):
         return {"args": {"num_tokens": self.num_tokens}, "attributes": {}}
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start at zero, or where the checkpoint stopped; TRL's keep it in the log alone."""
         logged = (log["num_tokens"] for log in reversed(state.log_history) if "num_tokens" in log)
