@@ -34,7 +34,7 @@ def enable_segments(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     name = own_attention(model)
     if name == "eager":
-        AttentionInterface.register(SEGMENTED_EAGER, attend_eager)
+        AttentionInterface.register(SEGMENTED_EAGER, segmented(_own_eager, "eager"))
         AttentionMaskInterface.register(SEGMENTED_EAGER, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
         config._attn_implementation_internal = SEGMENTED_EAGER
         return
@@ -56,7 +56,8 @@ def own_attention(model: PreTrainedModel) -> str:
 
 def segmented(own: Attention, name: str) -> Attention:
     """transformers' function `own`, registered as `name`, which also takes `segments`."""
-    attend = {"sdpa": _attend_sdpa, "flex_attention": _attend_flex}.get(name, _attend_flash)
+    forms = {"eager": _attend_eager, "sdpa": _attend_sdpa, "flex_attention": _attend_flex}
+    attend = forms.get(name, _attend_flash)
 
     def attention(
         module: nn.Module,
@@ -82,31 +83,9 @@ def is_segmented(function: Attention) -> bool:
     return getattr(function, "is_segmented", False)
 
 
-def attend_eager(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    segments: Segments | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The family's attention in plain PyTorch, on each segment if there are any."""
-    own = _family_eager(module)
-    if segments is None:
-        return own(module, query, key, value, attention_mask, **kwargs)
-    window = kwargs.pop("sliding_window", None)
-    _note_call(segments, value, attention_mask, window)
-    outputs = []
-    for part in segments.parts(window, always_masked=True):
-        attends = part.mask(query.device)
-        assert attends is not None
-        bias = torch.zeros(attends.shape, dtype=query.dtype, device=query.device)
-        bias.masked_fill_(~attends, torch.finfo(query.dtype).min)
-        states = part.queries(query), part.keys(key), part.keys(value)
-        outputs.append(own(module, *states, bias, **kwargs)[0])
-    return torch.cat(outputs, 1), None
+def _own_eager(module: nn.Module, *states: Tensor | None, **kwargs: Any) -> Any:
+    """The family's own function in plain PyTorch."""
+    return _family_eager(module)(module, *states, **kwargs)
 
 
 def _family_eager(module: nn.Module) -> Attention:
@@ -125,6 +104,21 @@ def _family_eager(module: nn.Module) -> Attention:
 def _note_call(segments: Segments, value: Tensor, mask: Tensor | None, window: int | None) -> None:
     has_mask = mask is not None and mask.numel() > 1  # the one that `run_pass` hands out has one
     segments.calls.append(LayerCall(window, value.dtype, has_mask))
+
+
+def _attend_eager(
+    own: Attention, query: Tensor, key: Tensor, value: Tensor, segments: Segments, **kwargs: Any
+) -> Tensor:
+    outputs = []
+    for part in segments.parts(kwargs.pop("sliding_window", None), always_masked=True):
+        attends = part.mask(query.device)
+        assert attends is not None
+        bias = torch.zeros(attends.shape, dtype=query.dtype, device=query.device)
+        bias.masked_fill_(~attends, torch.finfo(query.dtype).min)
+        outputs.append(
+            own(part.queries(query), part.keys(key), part.keys(value), bias, **kwargs)[0]
+        )
+    return torch.cat(outputs, 1)
 
 
 def _attend_flash(

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastkto import attention
 from fastkto.attention import (
-    attend_eager,
+    _own_eager,
     disable_segments,
     enable_segments,
     is_segmented,
@@ -254,7 +254,10 @@ def test_masks_may_come_by_name() -> None:
     module = tiny_model("llama").model.layers[0].self_attn
     states = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
     segments = Segments([Segment(0, 2), Segment(2, 6)], torch.device("cpu"))
-    for function in (segmented(ALL_ATTENTION_FUNCTIONS["sdpa"], "sdpa"), attend_eager):
+    for function in (
+        segmented(ALL_ATTENTION_FUNCTIONS["sdpa"], "sdpa"),
+        segmented(_own_eager, "eager"),
+    ):
         output, _ = function(
             module, *states, attention_mask=torch.zeros(1, 1, 1, 1), segments=segments, scaling=0.5
         )
@@ -287,7 +290,7 @@ def test_an_attention_without_an_eager_function_is_named() -> None:
         def forward(self) -> None: ...
 
     with pytest.raises(NotImplementedError, match="Foreign has no eager_attention_forward beside"):
-        attend_eager(Foreign(), *[torch.zeros(1, 1, 1, 1)] * 4)
+        _own_eager(Foreign(), *[torch.zeros(1, 1, 1, 1)] * 4)
 
 
 class Decoder(nn.Module):
