@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastkto.data.batch import TokenSequence, check_given_mismatched
 from fastkto.data.pairing import DATASET_PAIRING
-from fastkto.head_check import evaluating
+from fastkto.modes import evaluating
 from fastkto.passes import move_index, sequence_logprobs
 from fastkto.plan_passes import Layout, Plan, computed_tokens, plan_passes
 from fastkto.positions import check_sequences
@@ -125,17 +125,16 @@ def _plan(settings: StepSettings, losses: Sequence[BatchLoss], single_pass: bool
     # mismatched ones, so that equal weights give equal bits, and a KL estimate of exactly 0.
     reference_sets = [missing[0] + missing[1]] if share else missing
     policy_sets = [mismatched] if settings.args.needs_kl else []
-    layouts = [settings.reference_layout] * len(reference_sets)
-    layouts += [settings.policy_layout] * len(policy_sets)
-    scored = list(zip(reference_sets + policy_sets, layouts, strict=True))
+    scored = [(one, settings.reference_layout) for one in reference_sets]
+    scored += [(one, settings.policy_layout) for one in policy_sets]
     budget = settings.args.no_grad_tokens
-    plans = [plan_passes(one, budget, layout, share_prompts=share) for one, layout in scored]
-    plans = settings.ranks.level([*(_plan_gradient(loss, single_pass) for loss in losses), *plans])
-    for loss, plan in zip(losses, plans, strict=False):
-        loss.plan = plan
-        _count_tokens(loss, _Job(loss.matched, plan, settings.policy_layout))
-    no_grad_plans = plans[len(losses) :]
-    jobs = [_Job(one, plan, way) for (one, way), plan in zip(scored, no_grad_plans, strict=True)]
+    plans = [_plan_gradient(loss, single_pass) for loss in losses]
+    plans += [plan_passes(one, budget, layout, share_prompts=share) for one, layout in scored]
+    levelled = iter(settings.ranks.level(plans))
+    for loss in losses:
+        loss.plan = next(levelled)
+        _count_tokens(loss, _Job(loss.matched, loss.plan, settings.policy_layout))
+    jobs = [_Job(one, next(levelled), layout) for one, layout in scored]
     for job in jobs:
         _count_tokens(losses[0], job)
     return _Jobs(known, lookup, jobs[: len(reference_sets)], jobs[len(reference_sets) :])
