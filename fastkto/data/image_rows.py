@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -163,5 +164,5 @@ class EncodeStream:
 @functools.cache
 def source_digest() -> str:
     """A digest of the code that turns rows with images into tokens."""
-    modules = (images, formats, messages)
+    modules = (sys.modules[__name__], images, formats, messages)
     return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
