@@ -298,11 +298,7 @@ class _Progress(ProgressCallback):
     """Trainer's progress bar with the reward margin on it, in place of a line for each log."""
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastkto.data.batch import matched_sequences
 from fastkto.data.media import join_media
-from fastkto.head_check import evaluating
+from fastkto.modes import evaluating
 
 
 def logits_and_tokens(

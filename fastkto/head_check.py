@@ -8,8 +8,7 @@ finite: rows that are not are for the step to name.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from fastkto.head import scoring_model, scoring_of
 from fastkto.head_rows import MAX_TOKENS, MeasuredRow, measure_row
-from fastkto.quantised import is_quantised
+from fastkto.modes import evaluating
 from fastkto.ranks import Ranks
 
 MAX_ROWS = 2
@@ -191,22 +190,3 @@ def unit_rounding(dtype: torch.dtype) -> float:
             allowed = {"tf32": 2**-11, "bf16": 2**-8}.get(backend.fp32_precision, 0.0)
             rounding = max(rounding, allowed)
     return rounding
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradient; every module gets its own mode back.
-
-    Quantised layers are left in training mode, which means nothing to them but for bitsandbytes on
-    a CPU: there a 4-bit layer in eval mode repacks its weight for good, and no gradient passes it
-    any more.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = any(map(is_quantised, module.parameters(recurse=False)))
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

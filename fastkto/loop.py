@@ -27,8 +27,8 @@ from fastkto.data.batch import (
     split_rows,
 )
 from fastkto.data.pairing import pair
-from fastkto.head_check import evaluating
 from fastkto.loss import KTOLoss
+from fastkto.modes import evaluating
 from fastkto.passes import build_pass, run_pass, sequence_logprobs
 from fastkto.plan_passes import Layout, plan_passes
 

@@ -21,7 +21,7 @@ from fastkto.config import KTOConfig
 from fastkto.memory_optimizer import OptimizerBytes, optimizer_bytes
 from fastkto.memory_probe import WITH_MASKS, PassBytes, PassProbe, ProbeSettings
 from fastkto.memory_search import largest
-from fastkto.policy import router_settings
+from fastkto.router import router_settings
 
 
 class RunMemory(NamedTuple):
@@ -97,7 +97,7 @@ class MemoryEstimator:
             autocast=autocast,
             head=args.head,
             head_memory_mib=args.head_memory_mib,
-            router_loss=router["router_aux_loss_coef"] != 0.0,
+            router_loss=router.coefficient != 0.0,
             activation_offloading=args.activation_offloading,
             checkpointing_kwargs=dict(args.gradient_checkpointing_kwargs or {})
             or {"use_reentrant": False},

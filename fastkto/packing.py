@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from fastkto.attention import disable_segments, enable_segments
 from fastkto.data.batch import TokenSequence
 from fastkto.head import scoring_model
-from fastkto.head_check import evaluating, unit_rounding
+from fastkto.head_check import unit_rounding
+from fastkto.modes import evaluating
 from fastkto.passes import build_pass, run_pass
 from fastkto.plan_passes import Group, Layout
 from fastkto.ranks import Ranks

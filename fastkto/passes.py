@@ -171,7 +171,7 @@ def move_index(index: Tensor, like: Tensor) -> Tensor:
 def run_pass(
     model: nn.Module, pass_: Pass, *, stats: bool = False, router_logits: bool = False
 ) -> Any:
-    """Score a pass with a model prepared by `attach_scoring`: its `TokenSequenceOutput`."""
+    """Score a pass with a model prepared by `attach_scoring`: its `ScoredOutput`."""
     extra: dict[str, Any] = dict(pass_.media or {})
     if router_logits:
         extra["output_router_logits"] = True

@@ -1,4 +1,4 @@
-"""The policy before training: loading, adapters, dropout, and what its config says of a router."""
+"""The policy before training: loading, adapters, dropout."""
 
 import logging
 from typing import Any
@@ -6,12 +6,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 
 from fastkto.config import KTOConfig
 from fastkto.model_class import load_model
@@ -98,26 +93,6 @@ def prepare_adapter(policy: PreTrainedModel | PeftModel, args: KTOConfig) -> Non
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def load_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | None, model: Any, init_kwargs: dict[str, Any]
-) -> PreTrainedTokenizerBase:
-    """The tokenizer given, or the one beside the model; it pads with EOS if it has no pad token."""
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model if isinstance(model, str) else model.config._name_or_path,
-            revision=init_kwargs.get("revision"),
-            trust_remote_code=init_kwargs["trust_remote_code"],
-        )
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TypeError(
-            f"processing_class is a {type(tokenizer).__name__}; pass a tokenizer, or the "
-            "processor of a vision-language model"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0, that of attention weights included."""
     module: Any
@@ -126,24 +101,3 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-
-
-def router_settings(config: PretrainedConfig, args: KTOConfig) -> dict[str, Any]:
-    """Weight of the load-balancing loss (0 without a router) and experts chosen for a token."""
-    has_router = hasattr(config, "output_router_logits")
-    if args.router_aux_loss_coef and not has_router:
-        raise ValueError(
-            f"router_aux_loss_coef is {args.router_aux_loss_coef}, but {type(config).__name__} has "
-            "no router logits; leave it out for a model without experts"
-        )
-    coef = args.router_aux_loss_coef
-    if coef is None:
-        coef = getattr(config, "router_aux_loss_coef", 0.0)
-    if not has_router or coef == 0.0:
-        return {"router_aux_loss_coef": 0.0, "experts_per_token": 0}
-    if not hasattr(config, "num_experts_per_tok"):
-        raise ValueError(
-            f"{type(config).__name__} does not say how many experts a token is sent to "
-            "(num_experts_per_tok); set router_aux_loss_coef=0 to train without the router's loss"
-        )
-    return {"router_aux_loss_coef": coef, "experts_per_token": config.num_experts_per_tok}

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastkto.model_class import is_vision_language, read_config
-from fastkto.policy import load_tokenizer
 
 
 def load_processing(
@@ -30,9 +29,29 @@ def load_processing(
                 trust_remote_code=init_kwargs["trust_remote_code"],
             )
     if not isinstance(processing_class, ProcessorMixin):
-        return load_tokenizer(processing_class, model, init_kwargs)
-    load_tokenizer(processing_class.tokenizer, model, init_kwargs)
+        return _load_tokenizer(processing_class, model, init_kwargs)
+    _load_tokenizer(processing_class.tokenizer, model, init_kwargs)
     return processing_class
+
+
+def _load_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, model: Any, init_kwargs: dict[str, Any]
+) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the one beside the model; it pads with EOS if it has no pad token."""
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model if isinstance(model, str) else model.config._name_or_path,
+            revision=init_kwargs.get("revision"),
+            trust_remote_code=init_kwargs["trust_remote_code"],
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"processing_class is a {type(tokenizer).__name__}; pass a tokenizer, or the "
+            "processor of a vision-language model"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def tokenizer_of(processing: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:

@@ -57,11 +57,7 @@ class SyncReference(TrainerCallback):
         trainer.reference.description += f", moved towards the policy every {steps} steps"
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         config = self.trainer.step_settings.args
         if state.global_step % config.ref_model_sync_steps == 0:

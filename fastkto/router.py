@@ -6,8 +6,41 @@ gradient) and `P_e` the mean routing probability, both over the tokens and layer
 batch. Given `f`, the loss is a sum over tokens, so each pass contributes its own part.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
+
+from fastkto.config import KTOConfig
+
+
+class RouterSettings(NamedTuple):
+    """What a run needs to know of its policy's router."""
+
+    coefficient: float = 0.0  # the weight of its loss, 0 without a router
+    experts_per_token: int = 0
+
+
+def router_settings(config: PretrainedConfig, args: KTOConfig) -> RouterSettings:
+    """Those of a text model's config; raises ValueError where it does not know them."""
+    has_router = hasattr(config, "output_router_logits")
+    if args.router_aux_loss_coef and not has_router:
+        raise ValueError(
+            f"router_aux_loss_coef is {args.router_aux_loss_coef}, but {type(config).__name__} has "
+            "no router logits; leave it out for a model without experts"
+        )
+    coefficient = args.router_aux_loss_coef
+    if coefficient is None:
+        coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+    if not has_router or coefficient == 0.0:
+        return RouterSettings()
+    if not hasattr(config, "num_experts_per_tok"):
+        raise ValueError(
+            f"{type(config).__name__} does not say how many experts a token is sent to "
+            "(num_experts_per_tok); set router_aux_loss_coef=0 to train without the router's loss"
+        )
+    return RouterSettings(coefficient, config.num_experts_per_tok)
 
 
 def expert_counts(router_logits: tuple[Tensor, ...], tokens: Tensor, top_k: int) -> Tensor:

@@ -23,7 +23,7 @@ from fastkto.plan_passes import Group, Layout, Plan, pass_facts
 from fastkto.ranks import Ranks
 from fastkto.reference import Reference
 from fastkto.reference_cache import ReferenceCache
-from fastkto.router import balancing_loss, expert_counts
+from fastkto.router import RouterSettings, balancing_loss, expert_counts
 from fastkto.window import PairedBatch
 
 # What is asked of each row; the last two only where there is a KL estimate.
@@ -44,8 +44,7 @@ class StepSettings:
     reference: Reference
     policy_layout: Layout
     reference_layout: Layout
-    router_aux_loss_coef: float  # 0 without a router
-    experts_per_token: int
+    router: RouterSettings
     ranks: Ranks
     positions: int | None = None  # most tokens of a sequence, where a model has a table of them
     reference_cache: ReferenceCache | None = None
@@ -53,7 +52,7 @@ class StepSettings:
     @property
     def has_router(self) -> bool:
         """Whether there is a load-balancing loss."""
-        return self.router_aux_loss_coef != 0.0
+        return self.router.coefficient != 0.0
 
 
 class BatchLoss:
@@ -188,7 +187,7 @@ class BatchLoss:
         name = "pass without gradient that counts the policy's experts"
         with naming_pass(partial(pass_facts, name, self.matched, groups, layout)):
             output = run_pass(self.settings.policy, unscored, router_logits=True)
-        top_k = self.settings.experts_per_token
+        top_k = self.settings.router.experts_per_token
         return expert_counts(output.router_logits, pass_.real_tokens, top_k)
 
     def _build_pass(self, groups: list[Group]) -> Pass:
@@ -199,11 +198,11 @@ class BatchLoss:
         counts = self.expert_counts
         if counts is None:  # a single pass is the whole device batch
             with torch.no_grad():
-                top_k = self.settings.experts_per_token
+                top_k = self.settings.router.experts_per_token
                 counts = expert_counts(router_logits, pass_.real_tokens, top_k)
         loss = balancing_loss(router_logits, pass_.real_tokens, counts, self.num_tokens)
         self.add(aux_loss_sum=loss.detach())
-        loss = self.settings.router_aux_loss_coef * loss
+        loss = self.settings.router.coefficient * loss
         # A batch's loss holds it once, so in a mean over rows each of them has it.
         self.add(loss_sum=loss.detach() * self.counted.sum())
         return loss

@@ -3,45 +3,39 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from pyarrow.compute import add, list_value_length
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from fastkto.checkpoint_passes import needs_checkpointing, turn_off_checkpointing
-from fastkto.checkpoints import check_whole, last_whole_checkpoint, make_way
+from fastkto.checkpoints import check_whole, last_whole_checkpoint
 from fastkto.config import KTOConfig
-from fastkto.data.batch import KTOCollator, check_batch
+from fastkto.data.batch import check_batch
+from fastkto.data.collators import choose_collator, row_lengths
 from fastkto.data.dropped import DROPPED_COLUMN
-from fastkto.data.images import COLUMNS as IMAGE_COLUMNS
-from fastkto.data.images import ImageCollator
-from fastkto.data.padded import RaggedCollator, from_padded, is_padded
-from fastkto.data.pairing import DATASET_PAIRING, MISMATCHED_COLUMN
-from fastkto.data.prepare import COLUMNS, AnyDataset, pairs_rows, prepare_data
+from fastkto.data.images import RAW_COLUMNS
+from fastkto.data.padded import from_padded, is_padded
+from fastkto.data.pairing import MISMATCHED_COLUMN
+from fastkto.data.prepare import COLUMNS, AnyDataset, needs_pairs, prepare_data
 from fastkto.data.rows import RowReport
 from fastkto.embeddings import smallest_vocabulary
 from fastkto.evaluation_logits import logits_and_tokens
-from fastkto.full_disk import explaining_full_disk
 from fastkto.head import attach_scoring
-from fastkto.head_check import evaluating
 from fastkto.limits import (
     check_arguments,
     check_batch_size,
@@ -54,8 +48,8 @@ from fastkto.limits import (
     set_distributed_defaults,
 )
 from fastkto.metrics import Metrics, TokenCount
-from fastkto.model_card import write_model_card
 from fastkto.model_check import check_data, check_models
+from fastkto.modes import evaluating
 from fastkto.pass_budget import DeviceMemory, check_auto, device_memory, set_budget
 from fastkto.plan_passes import Layout
 from fastkto.policy import (
@@ -63,15 +57,16 @@ from fastkto.policy import (
     load_policy,
     model_init_kwargs,
     prepare_adapter,
-    router_settings,
 )
 from fastkto.positions import fewest_positions
 from fastkto.precompute import precompute
 from fastkto.processing import load_processing, tokenizer_of
 from fastkto.ranks import Ranks
 from fastkto.reference import Reference, choose_reference
-from fastkto.reference_sync import SyncReference, check_sync, load_reference, save_reference
+from fastkto.reference_sync import SyncReference, check_sync
 from fastkto.repeats import RepeatedRows
+from fastkto.router import router_settings
+from fastkto.saving import SavingTrainer
 from fastkto.score_store import ScoreStore, default_folder
 from fastkto.sharding import (
     before_the_last_pass,
@@ -83,14 +78,13 @@ from fastkto.sharding import (
 from fastkto.start_line import StartLine
 from fastkto.step import BatchLoss, StepSettings
 from fastkto.step_check import StepCheck
-from fastkto.stored_weights import load_renamed
 from fastkto.vision import check_vision_model, media_tokens, set_vision_defaults
 from fastkto.window_scores import score_window
 
 logger = logging.getLogger(__name__)
 
 
-class KTOTrainer(Trainer):
+class KTOTrainer(SavingTrainer):
     """Trains a causal or vision-language model with KTO (Ethayarajh et al. 2024, arXiv:2402.01306).
 
     Args:
@@ -150,7 +144,7 @@ class KTOTrainer(Trainer):
         processing = load_processing(processing_class, model, init_kwargs)
         self.row_reports: dict[str, RowReport] = {}
         self._data_settings = {
-            "pairs_rows": pairs_rows(args, data_collator),
+            "pairs_rows": needs_pairs(args, data_collator),
             "reads_images": data_collator is None,
         }
         train_dataset = self._prepare(train_dataset, "train", processing, args)
@@ -180,15 +174,8 @@ class KTOTrainer(Trainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=(
-                _default_collator(processing, args, vocab_size)
-                if data_collator is None
-                else RaggedCollator(
-                    data_collator,
-                    media_tokens(policy),
-                    vocab_size,
-                    pairs_ragged=args.kl_pairing != DATASET_PAIRING,
-                )
+            data_collator=choose_collator(
+                data_collator, processing, args, vocab_size, media_tokens(policy)
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -222,7 +209,7 @@ class KTOTrainer(Trainer):
         self.accelerator.gradient_accumulation_steps = 1
         self._signature_columns = [
             *(*COLUMNS, MISMATCHED_COLUMN, DROPPED_COLUMN),
-            *(*IMAGE_COLUMNS, "media"),
+            *(*RAW_COLUMNS, "media"),
         ]
         # A subclass may do anything with the loss, so it gets one graph over the whole batch.
         overridden = self._overridden_methods()
@@ -250,7 +237,7 @@ class KTOTrainer(Trainer):
             reference_layout=Layout.PADDED,
             ranks=self.ranks,
             positions=positions,
-            **router_settings(self.model.config.get_text_config(), args),
+            router=router_settings(self.model.config.get_text_config(), args),
         )
         self._train_metrics, self._eval_metrics = Metrics(args.metrics), Metrics(args.metrics)
         # How the names of the last of several evaluation sets begin, and its metrics.
@@ -308,10 +295,9 @@ class KTOTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """As in `Trainer`; the backward of the last pass, which runs here, is named in errors."""
-        batch_loss = inputs.get("batch_loss")
         # DeepSpeed's optimizer steps within that backward, and is no pass.
-        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        with nullcontext() if batch_loss is None or is_deepspeed else batch_loss.naming_pass():
+        batch_loss = None if self.is_deepspeed_enabled else inputs.get("batch_loss")
+        with nullcontext() if batch_loss is None else batch_loss.naming_pass():
             return super().training_step(model, inputs, *args, **kwargs)
 
     def get_batch_samples(
@@ -324,8 +310,8 @@ class KTOTrainer(Trainer):
         batches = [self._prepare_inputs(batch) for batch in batches]
         if batches:
             self._had_a_batch = True
-            self._get_ready(batches)
             if not self._budget_is_found:
+                self._get_ready(batches)  # the layouts, which the trial passes have too
                 set_budget(self, batches)
                 self._budget_is_found = True
             for batch, batch_loss in zip(batches, self._score(batches), strict=True):
@@ -336,14 +322,7 @@ class KTOTrainer(Trainer):
         return device_memory(self)
 
     def _row_lengths(self, dataset: Dataset) -> list[int]:
-        """Most tokens of each row's matched sequence; a collator of one's own says its limit."""
-        given = getattr(self.data_collator, "collator", None)
-        if given is not None and not isinstance(given, KTOCollator):
-            table = dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow")[:]
-            prompts, completions = (list_value_length(column) for column in table.columns)
-            most = getattr(given, "max_length", None) or float("inf")
-            return [min(length, most) for length in add(prompts, completions).to_pylist()]
-        return dataset.with_format("numpy", columns=["length"])["length"][:].tolist()
+        return row_lengths(dataset, self.data_collator)
 
     def _score(
         self, batches: list[dict[str, Any]], counted: list[int] | None = None
@@ -365,8 +344,7 @@ class KTOTrainer(Trainer):
     def _get_ready(self, batches: list[dict[str, Any]]) -> None:
         """Before any of these batches is scored."""
         # Trainer has put another one in place by now if the model is sharded.
-        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        self.step_settings.policy = self.model_wrapped if is_deepspeed else self.model
+        self.step_settings.policy = self.model_wrapped if self.is_deepspeed_enabled else self.model
         for batch in batches:
             check_batch(batch, self.step_settings.args.max_length)
         if not self._models_are_checked:
@@ -407,8 +385,7 @@ class KTOTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def _backward(self, loss: Tensor) -> None:
-        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        kwargs = {"scale_wrt_gas": False} if is_deepspeed else {}  # as Trainer does
+        kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # as Trainer does
         self.accelerator.backward(loss / self.current_gradient_accumulation_steps, **kwargs)
 
     def prediction_step(
@@ -507,7 +484,7 @@ class KTOTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{key}": v for key, v in values.items()})
         return output
 
-    # ---- Checkpoints and the hub ----
+    # ---- The run ----
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -530,80 +507,6 @@ class KTOTrainer(Trainer):
             )
         return output
 
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write README.md to `output_dir`; also called by `push_to_hub` with its own arguments.
-
-        Arguments are TRL's; with any of those that only `Trainer`'s method has, it is its card.
-        """
-        if kwargs:
-            super().create_model_card(model_name=model_name, tags=tags, **kwargs)
-            return
-        if self.is_world_process_zero():
-            tags = [tags] if isinstance(tags, str) else list(tags or [])
-            write_model_card(self, model_name, dataset_name, tags)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`; on a full disk the error says what is whole."""
-        folder = self.args.output_dir
-        with explaining_full_disk(output_dir or folder, folder):
-            super().save_model(output_dir, _internal_call)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = self._get_output_dir(trial=trial)
-        checkpoint = Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with explaining_full_disk(checkpoint, folder):
-            if self.args.should_save:
-                start = str(getattr(self.model.config, "_name_or_path", ""))
-                make_way(checkpoint, self.args.save_total_limit, start)
-            self.create_model_card()
-            super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The trainer's state, which comes next, says that all ranks have written theirs.
-        self.accelerator.wait_for_everyone()
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        save_reference(self, output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_reference(self, checkpoint)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        policy: Any = self.model if model is None else model
-        if not self.is_fsdp_enabled and load_renamed(policy, resume_from_checkpoint):
-            return
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.reference.adapter is None or self.accelerator.is_fsdp2:
-            return  # under FSDP2 the trained one is in the model's file, and may be in no other
-        # Some transformers load the adapters in subfolders and forget "default" beside them.
-        if "default" in policy.peft_config:
-            policy.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
-
-    def _load_best_model(self) -> None:
-        is_divided = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if is_divided or not load_renamed(self.model, self.state.best_model_checkpoint or ""):
-            super()._load_best_model()
-
-
-def _default_collator(
-    processing: Any, args: KTOConfig, vocab_size: int | None
-) -> KTOCollator | ImageCollator:
-    if isinstance(processing, ProcessorMixin):
-        return ImageCollator(processing, args.max_length, args.truncation_mode, vocab_size)
-    return KTOCollator(args.max_length, args.truncation_mode, vocab_size)
-
 
 class _StartOfTraining(TrainerCallback):
     """Forgets what a run before recorded, applies checkpoint_passes, fills the reference cache."""
@@ -612,11 +515,7 @@ class _StartOfTraining(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_prepared(self.trainer.accelerator)
         self.trainer._train_metrics.clear()

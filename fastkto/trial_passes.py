@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from fastkto.data.batch import TokenSequence, matched_sequences
-from fastkto.head_check import evaluating
+from fastkto.modes import evaluating, keeping_modes
 from fastkto.passes import sequence_logprobs
 from fastkto.plan_passes import Layout
 from fastkto.reference import ReleasedReference
@@ -74,14 +74,12 @@ class TrialPasses:
     def leaving_no_trace(self) -> Iterator[None]:
         """Random state and modes are what they were, and gradients are gone."""
         device = self._tokens.device
-        modes = [(module, module.training) for module in self._model.modules()]
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            devices = [device] if device.type == "cuda" else []
+            with keeping_modes(self._model), torch.random.fork_rng(devices):
                 yield
         finally:
             self._model.zero_grad(set_to_none=True)
-            for module, mode in modes:
-                module.training = mode
 
     def _score(self, model: nn.Module, tokens: int, layout: Layout) -> None:
         sequences = self._sequences(tokens, layout)

@@ -24,7 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 import fastkto.trainer
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.data.batch import TokenSequence
-from fastkto.head_check import evaluating
+from fastkto.modes import evaluating
 from fastkto.passes import build_pass, run_pass
 from fastkto.plan_passes import Layout
 from fastkto.sharding import is_divided_by_zero, release_gathered

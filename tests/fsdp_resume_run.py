@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from fastkto import KTOConfig, KTOTrainer
 from fastkto.data.batch import TokenSequence
-from fastkto.head_check import evaluating
+from fastkto.modes import evaluating
 from fastkto.passes import build_pass, run_pass
 from fastkto.plan_passes import Layout
 from fastkto.sharding import release_gathered

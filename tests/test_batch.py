@@ -33,7 +33,7 @@ from fastkto.data.batch import (
     split_rows,
 )
 from fastkto.data.pairing import MISMATCHED_COLUMN
-from fastkto.data.prepare import pairs_rows, prepare_data
+from fastkto.data.prepare import needs_pairs, prepare_data
 from fastkto.data.rows import prepare_rows
 from fastkto.window import pair_window
 from tests.models import tiny_model, tiny_tokenizer
@@ -187,7 +187,7 @@ def test_whether_rows_are_paired_before_there_are_batches(tmp_path: Path) -> Non
     trls = DataCollatorForUnpairedPreference(pad_token_id=0)
 
     def asked(collator: Any, **fields: Any) -> bool:
-        return pairs_rows(KTOConfig(output_dir=str(tmp_path), **fields), collator)
+        return needs_pairs(KTOConfig(output_dir=str(tmp_path), **fields), collator)
 
     assert asked(None, kl_pairing="dataset") and asked(trls) and asked(trls, kl_pairing="dataset")
     assert not asked(None) and not asked(KTOCollator(None)) and not asked(trls, kl_scope="window")

@@ -21,7 +21,7 @@ from fastkto.data.media import TOKEN_INPUTS, Media
 from fastkto.data.messages import render, with_images
 
 IMAGE_COLUMNS = ("image", "images")
-COLUMNS = ["prompt", "completion", *IMAGE_COLUMNS, "tools", "chat_template_kwargs"]
+RAW_COLUMNS = ["prompt", "completion", *IMAGE_COLUMNS, "tools", "chat_template_kwargs"]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ AnyDataset: TypeAlias = Dataset | IterableDataset
 COLUMNS = ["prompt_ids", "completion_ids", "label", "length", "row"]
 
 
-def pairs_rows(args: KTOConfig, data_collator: Any) -> bool:
+def needs_pairs(args: KTOConfig, data_collator: Any) -> bool:
     """Whether rows are paired before there are batches.
 
     So they are for collators of others, as in TRL: one that cuts completions cuts them to fit

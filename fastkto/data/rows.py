@@ -1,7 +1,8 @@
 """Rows of a user's data set as tokens: `prompt_ids`, `completion_ids`, `label`, `length`, `row`.
 
 Tokens, order and dropped rows are those of TRL 1.16's `KTOTrainer._prepare_dataset`. Unlike there,
-rows are checked before anything is tokenised, and nothing is paired here (see `batch.py`).
+rows are checked before anything is tokenised, and nothing is paired here (see `window.py` and
+`pairing.py`).
 """
 
 import logging

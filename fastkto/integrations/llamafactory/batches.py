@@ -3,7 +3,7 @@
 Dimensions: `B` rows, `T` positions, padding included.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ class Collator:
         return to_ragged(batch, self.media) if is_padded(batch) else batch
 
 
-def to_ragged(batch: Any, media: MediaReader, rows: Sequence[int] | None = None) -> dict[str, Any]:
+def to_ragged(batch: Any, media: MediaReader) -> dict[str, Any]:
     """The batch of `KTOCollator` with the same sequences, see `from_padded`.
 
     `num_desirable`, an int, comes with it. Raises ValueError if a part is missing, or is not what
@@ -36,7 +36,7 @@ def to_ragged(batch: Any, media: MediaReader, rows: Sequence[int] | None = None)
     padded = {key: batch[key] for key in _KEYS} | media.read(batch)
     of_mismatched = media.read(batch, "kl_")
     padded |= {f"kl_{name}": of_mismatched[name] for name in TOKEN_INPUTS if name in of_mismatched}
-    ragged = from_padded(padded, rows, media.tokens)
+    ragged = from_padded(padded, media_tokens=media.tokens)
     return {**ragged, "num_desirable": int(batch["kto_tags"].sum())}
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fastkto.data.batch import matched_sequences
 from fastkto.data.padded import from_padded
-from fastkto.head_check import evaluating
 from fastkto.integrations.llamafactory.batches import tensors_of
 from fastkto.integrations.llamafactory.media import MediaReader
+from fastkto.modes import evaluating
 from fastkto.passes import Layout, build_pass, run_pass
 from fastkto.plan_passes import check_whole_media
 from fastkto.ranks import Ranks

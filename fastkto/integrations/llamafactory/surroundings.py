@@ -28,7 +28,7 @@ class Surroundings(Trainer):
     optimizer: Any
     _single_pass: bool
 
-    def _take_on(self, finetuning_args: Any, processor: Any) -> None:
+    def _add_surroundings(self, finetuning_args: Any, processor: Any) -> None:
         """What LLaMA-Factory's trainer adds to a run beside the loss."""
         asked = [name for name in _OPTIMIZERS if getattr(finetuning_args, name, None)]
         if asked and not _HAS_LLAMAFACTORY:

@@ -92,13 +92,13 @@ class CustomKTOTrainer(BatchMethods, Surroundings, KTOTrainer):
         self.ftx_gamma = finetuning_args.pref_ftx
         self.media = MediaReader.of(model)
         self._ref_is_model = ref_model is model
-        self._obeys = bool(self._overridden_methods())
+        self._scores_whole_batches = bool(self._overridden_methods())
         self._stored: dict[bool, list[dict[str, float]]] = {True: [], False: []}
         args = kto_arguments(
             given, finetuning_args, disable_dropout=disable_dropout, options=self.options
         )
-        if self._obeys:
-            self._check_obeyed(args)
+        if self._scores_whole_batches:
+            self._check_whole_batches(args)
         super().__init__(
             model=model,
             ref_model=None if self._ref_is_model else ref_model,
@@ -106,10 +106,10 @@ class CustomKTOTrainer(BatchMethods, Surroundings, KTOTrainer):
             data_collator=Collator(collator, self.media),
             **kwargs,
         )
-        if self._obeys:
+        if self._scores_whole_batches:
             self.data_collator = collator
         self._repeated_rows = RowsWithoutNumbers(self.accelerator, self.args.dataloader_num_workers)
-        self._take_on(finetuning_args, processor)
+        self._add_surroundings(finetuning_args, processor)
 
     @property
     def ref_model(self) -> Any:
@@ -118,7 +118,7 @@ class CustomKTOTrainer(BatchMethods, Surroundings, KTOTrainer):
 
     # ---- What KTOTrainer asks for while it is built ----
 
-    def _check_obeyed(self, args: KTOConfig) -> None:
+    def _check_whole_batches(self, args: KTOConfig) -> None:
         """Refuse what methods that score one padded batch in one pass have no place for."""
         for name in _IN_PASSES:
             value, default = getattr(args, name), KTOConfig.__dataclass_fields__[name].default
@@ -171,7 +171,7 @@ class CustomKTOTrainer(BatchMethods, Surroundings, KTOTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """As in `Trainer`; the scores without gradient are there for all of a step's batches."""
-        if self._obeys:
+        if self._scores_whole_batches:
             return Trainer.get_batch_samples(self, *args, **kwargs)
         return super().get_batch_samples(*args, **kwargs)
 
@@ -180,7 +180,7 @@ class CustomKTOTrainer(BatchMethods, Surroundings, KTOTrainer):
             return super()._prepare_inputs(inputs)
         check_keys(inputs)
         return Trainer._prepare_inputs(
-            self, inputs if self._obeys else to_ragged(inputs, self.media)
+            self, inputs if self._scores_whole_batches else to_ragged(inputs, self.media)
         )
 
     def _score(
@@ -203,7 +203,7 @@ class CustomKTOTrainer(BatchMethods, Surroundings, KTOTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The device batch's loss, as in `KTOTrainer` or by `get_batch_loss_metrics`."""
-        if not self._obeys:
+        if not self._scores_whole_batches:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         if not self._models_are_checked:
@@ -232,7 +232,7 @@ class CustomKTOTrainer(BatchMethods, Surroundings, KTOTrainer):
     # ---- Metrics ----
 
     def _collect(self, metrics: Metrics) -> tuple[dict[str, float], float | None]:
-        if self._obeys:
+        if self._scores_whole_batches:
             stored = self._stored[metrics is self._train_metrics]
             values = log_values(gather_object(stored))
             stored.clear()
