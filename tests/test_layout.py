@@ -39,6 +39,13 @@ def test_operations_do_not_import_the_trainer() -> None:
         assert imported_packages(ROOT / "fastkto" / f"{name}.py") <= allowed
 
 
+def test_contributing_names_the_place_of_every_module() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    folders = (KERNELS, ROOT / "fastkto", ROOT / "fastkto" / "data")
+    modules = {path.name for folder in folders for path in folder.glob("[!_]*.py")}
+    assert sorted(name for name in modules if f"{name}`" not in text) == []
+
+
 def test_importing_fastkto_loads_no_training_library() -> None:
     code = (
         f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'kernels')]!r}\n"
