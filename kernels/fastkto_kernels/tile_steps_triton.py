@@ -32,7 +32,11 @@ def transform_logits(logits, inner_scale, outer_scale, HAS_SOFTCAP: tl.constexpr
         inverse = 1.0 / (1.0 + decay)
         size = (1.0 - decay) * inverse
         slope = 4.0 * decay * inverse * inverse
-        logits = outer_scale * tl.where(logits < 0, -size, size)
+        # Near zero 1 - decay would lose the small logits of a large softcap: tanh's series there.
+        square = logits * logits
+        series = logits * (1.0 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
+        tanh = tl.where(square < 0.01, series, tl.where(logits < 0, -size, size))
+        logits = outer_scale * tanh
     return logits, slope
 
 
@@ -40,7 +44,7 @@ def transform_logits(logits, inner_scale, outer_scale, HAS_SOFTCAP: tl.constexpr
 def _load_logits(
     tile_row_ptr, bias_ptr, offs_v, mask_v, inner_scale, outer_scale, HAS_SOFTCAP: tl.constexpr
 ):
-    """(logits, slope of the softcap) of one block of a row, fp32."""
+    """(logits, slope of the softcap) at some columns of a row, or at one, fp32."""
     logits = tl.load(tile_row_ptr + offs_v, mask=mask_v, other=0.0)
     if bias_ptr is not None:
         logits += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0)
@@ -71,61 +75,63 @@ def _fold_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    row_start = row * num_columns
-    target = tl.load(target_ptr + row) - vocab_start
+    row_ptr = tile_ptr + row * num_columns
+    target = (tl.load(target_ptr + row) - vocab_start).to(tl.int32)
+    has_target = (target >= 0) & (target < num_columns)
+    # Read before the exponentials may be written over it.
+    target_logit, target_slope = _load_logits(
+        row_ptr, bias_ptr, target, has_target, inner_scale, outer_scale, HAS_SOFTCAP
+    )
     old_reference = tl.load(reference_ptr + row)
-    target_logit = tl.load(target_logit_ptr + row)
-    target_slope = tl.load(target_slope_ptr + row)
 
-    largest = -float("inf")
+    # Each lane has a maximum and sums of its own, which are joined behind the loop: a reduction
+    # inside would make all warps wait for each other at every block.
+    largest_lanes = tl.full([BLOCK], -float("inf"), tl.float32)
     for start in range(0, num_columns, BLOCK):
         offs_v = start + tl.arange(0, BLOCK)
         mask_v = offs_v < num_columns
-        logits, slope = _load_logits(
-            tile_ptr + row_start, bias_ptr, offs_v, mask_v, inner_scale, outer_scale, HAS_SOFTCAP
+        logits, _ = _load_logits(
+            row_ptr, bias_ptr, offs_v, mask_v, inner_scale, outer_scale, HAS_SOFTCAP
         )
-        is_target = (offs_v == target) & mask_v
-        # Zero before the tile that holds the target, and one column there matches.
-        target_logit += tl.sum(tl.where(is_target, logits, 0.0), 0)
-        target_slope += tl.sum(tl.where(is_target, slope, 0.0), 0)
         others = tl.where(mask_v & (offs_v != target), logits, -float("inf"))
-        largest = tl.maximum(largest, tl.max(others, 0))
+        largest_lanes = tl.maximum(largest_lanes, others)
+    largest = tl.max(largest_lanes, 0)
     reference = tl.where(largest > old_reference + MAX_LAG, largest, old_reference)
     shift = old_reference - reference
     shift = tl.where(shift < EXP_FLOOR, EXP_FLOOR, shift)
     decay = tl.exp(shift)
 
-    tile_sum = 0.0
-    tile_weighted = 0.0
-    tile_logits = 0.0
+    sum_lanes = tl.zeros([BLOCK], tl.float32)
+    weighted_lanes = tl.zeros([BLOCK], tl.float32)
+    logit_lanes = tl.zeros([BLOCK], tl.float32)
     # The row is in the cache by now.
     for start in range(0, num_columns, BLOCK):
         offs_v = start + tl.arange(0, BLOCK)
         mask_v = offs_v < num_columns
         logits, slope = _load_logits(
-            tile_ptr + row_start, bias_ptr, offs_v, mask_v, inner_scale, outer_scale, HAS_SOFTCAP
+            row_ptr, bias_ptr, offs_v, mask_v, inner_scale, outer_scale, HAS_SOFTCAP
         )
         is_other = mask_v & (offs_v != target)
         distance = tl.where(is_other, logits - reference, -float("inf"))
         terms = tl.exp(distance)
-        tile_sum += tl.sum(terms, 0)
+        sum_lanes += terms
         if weighted_sum_ptr is not None:
             # The distance may be -inf where its exp() is zero.
-            tile_weighted += tl.sum(terms * tl.where(terms > 0, distance, 0.0), 0)
-            tile_logits += tl.sum(tl.where(mask_v, logits, 0.0), 0)
+            weighted_lanes += terms * tl.where(terms > 0, distance, 0.0)
+            logit_lanes += tl.where(mask_v, logits, 0.0)
         if exponentials_ptr is not None:
             values = (terms * slope * unit).to(exponentials_ptr.dtype.element_ty)
-            tl.store(exponentials_ptr + row_start + offs_v, values, mask=mask_v)
+            tl.store(exponentials_ptr + row * num_columns + offs_v, values, mask=mask_v)
 
     other_sum = tl.load(other_sum_ptr + row)
     if weighted_sum_ptr is not None:
-        weighted_sum = tl.load(weighted_sum_ptr + row)
-        tl.store(weighted_sum_ptr + row, decay * (weighted_sum + other_sum * shift) + tile_weighted)
-        tl.store(logit_sum_ptr + row, tl.load(logit_sum_ptr + row) + tile_logits)
-    tl.store(other_sum_ptr + row, other_sum * decay + tile_sum)
+        weighted_sum = decay * (tl.load(weighted_sum_ptr + row) + other_sum * shift)
+        tl.store(weighted_sum_ptr + row, weighted_sum + tl.sum(weighted_lanes, 0))
+        tl.store(logit_sum_ptr + row, tl.load(logit_sum_ptr + row) + tl.sum(logit_lanes, 0))
+    tl.store(other_sum_ptr + row, other_sum * decay + tl.sum(sum_lanes, 0))
     tl.store(reference_ptr + row, reference)
-    tl.store(target_logit_ptr + row, target_logit)
-    tl.store(target_slope_ptr + row, target_slope)
+    tl.store(target_logit_ptr + row, target_logit, mask=has_target)
+    tl.store(target_slope_ptr + row, target_slope, mask=has_target)
     tl.store(decay_ptr + row, decay)
 
 
