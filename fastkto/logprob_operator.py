@@ -155,6 +155,7 @@ def _differentiate(
             memory_bytes=memory_bytes,
         )
     if rows is not None:
+        del operands  # with its copy of the hidden states
         gradients = gradients._replace(
             hidden=_spread(gradients.hidden, rows, num_tokens),
             extra_hidden=_spread(gradients.extra_hidden, rows, num_tokens),

@@ -87,6 +87,18 @@ def test_peaks_are_those_of_the_formula(
         assert backward < 2**17 + 4 * rows * call.hidden_size
 
 
+def test_sums_of_a_tiles_columns_are_within_the_budget() -> None:
+    """Few tokens would make tiles as wide as the vocabulary, and their fp32 sums with them."""
+    call = call_of(100, torch.bfloat16, trainable=True)
+    call = call._replace(hidden_size=2048, memory_bytes=2**21)
+    expected, (_, backward) = head_memory(call), measured(call)
+    assert backward == pytest.approx(expected.backward, rel=WITHIN)
+    large = call._replace(hidden_size=4096, vocab_size=128_256, memory_bytes=96 * 2**20)
+    large = large._replace(device_type="cuda", bytes_per_logit=4)
+    peaks = [head_memory(large._replace(num_tokens=n)).backward for n in (64, 512, 2048, 8192)]
+    assert peaks == sorted(peaks)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [100, 3000])
 def test_the_peak_without_gradient_is_that_of_the_formula(

@@ -97,12 +97,13 @@ class _Totals:
     @property
     def vocabulary_outside(self) -> bool:
         """Is it less memory to keep fp32 sums of all tokens than of the whole vocabulary?"""
+        return _bytes_of_sums(self.of_tokens) < _bytes_of_sums(self.of_vocabulary)
 
-        def extra_bytes(totals: list[_Total]) -> int:
-            gradients = (total.gradient for total in totals)
-            return sum(4 * g.numel() for g in gradients if g.dtype != torch.float32)
-
-        return extra_bytes(self.of_tokens) < extra_bytes(self.of_vocabulary)
+    def max_columns(self, memory_bytes: int) -> int | None:
+        """How many entries' sums fit, where they are kept for a tile's columns at a time."""
+        if not self.vocabulary_outside:
+            return None
+        return memory_bytes * self._operands.weight.shape[0] // _bytes_of_sums(self.of_vocabulary)
 
     def products(self, tile: Tensor, rows: tuple[int, int]) -> Tensor | None:
         """A copy of a tile without its factor, where the gradient of that is asked for.
@@ -152,11 +153,19 @@ class _Totals:
     def _scaled(self, value: Tensor, rows: tuple[int, int]) -> Tensor:
         """[R, ...] times the row's factor; whatever stands in an ignored row becomes zero."""
         row_scale = self._row_scale[slice(*rows)]
-        return torch.where(row_scale == 0, 0.0, value * row_scale).to(value.dtype)
+        # Into a tensor of its dtype: there is no fp32 product to be rounded in a second step.
+        scaled = torch.mul(value, row_scale, out=torch.empty_like(value))
+        return scaled.masked_fill_(row_scale == 0, 0.0)
 
     def finish(self) -> Gradients:
         """What was summed."""
         return Gradients(*(None if total is None else total.gradient for total in self._all))
+
+
+def _bytes_of_sums(totals: list[_Total]) -> int:
+    """Of all rows, beside the gradients themselves."""
+    gradients = (total.gradient for total in totals)
+    return sum(4 * g.numel() for g in gradients if g.dtype != torch.float32)
 
 
 def logits_gradients(
@@ -176,12 +185,13 @@ def logits_gradients(
     """
     totals = _Totals(operands, row_gradient, needs)
     num_tokens, vocab_size = operands.hidden.shape[0], operands.weight.shape[0]
-    tiles = Tiles(operands, steps, memory_bytes)
+    tiles = Tiles(operands, steps, memory_bytes, totals.max_columns(memory_bytes))
     row_spans = list(spans(num_tokens, tiles.num_rows))
     column_spans = list(spans(vocab_size, tiles.num_columns))
 
-    def add_tile(rows: tuple[int, int], columns: tuple[int, int]) -> None:
-        hidden, weight = operands.hidden_rows(*rows), operands.weight_rows(*columns)
+    def add_tile(
+        rows: tuple[int, int], columns: tuple[int, int], hidden: Tensor, weight: Tensor
+    ) -> None:
         tile = tiles.compute(rows, columns, hidden, weight)
         products = totals.products(tile, rows)
         operands.apply_factor(tile, columns)
@@ -202,15 +212,19 @@ def logits_gradients(
         if totals.vocabulary_outside:
             with _open(totals.of_tokens, (0, num_tokens)):
                 for columns in column_spans:
+                    weight = operands.weight_rows(*columns)
                     with _open(totals.of_vocabulary, columns):
                         for rows in row_spans:
-                            add_tile(rows, columns)
+                            add_tile(rows, columns, operands.hidden_rows(*rows), weight)
+                    del weight  # before the next one is made
         else:
             with _open(totals.of_vocabulary, (0, vocab_size)):
                 for rows in row_spans:
+                    hidden = operands.hidden_rows(*rows)
                     with _open(totals.of_tokens, rows):
                         for columns in column_spans:
-                            add_tile(rows, columns)
+                            add_tile(rows, columns, hidden, operands.weight_rows(*columns))
+                    del hidden
     return totals.finish()
 
 

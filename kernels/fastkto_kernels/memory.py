@@ -15,12 +15,12 @@ the products (on a CPU these are fp32):
     ignored      h N D           on a CPU, where ignored tokens are left out: the others' hidden
                                  states, copied. What is kept, and gradients, are formed without
                                  them first
-    trainable    8 R D           backward: hidden states times the upstream gradient
-                 4 L D           fp32 sums of 16-bit gradients, the smaller of L = N + C, L = V + R
+    trainable    m R D           backward: hidden states times the upstream gradient
+                 4 L D           fp32 sums of 16-bit gradients, the smaller of L = N + C, L = V + R;
+                                 with the first, C is so small that 4 C D fits `head_memory_mib`
     rank         m (R + C) E     a low-rank addition: its rows as the operands'
-                 m R E + 8 R E   backward, where it is more: what a trainable head has, whose 8 R D
-                 4 L E           are m R D by then; with a frozen head the vocabulary's part of L D
-                                 falls away
+                 2 m R E         backward, where it is more
+                 4 L E           with a frozen head the vocabulary's part of L D falls away
     factor       4 R C           backward, where it needs a gradient: the products, copied
                  8 V             it and its like in fp32
 
@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 import torch
 
-from .tiles import tile_shape
+from .tiles import TILE_MULTIPLE, tile_shape
 
 
 class HeadCall(NamedTuple):
@@ -69,54 +69,85 @@ class HeadMemory(NamedTuple):
 
 def head_memory(call: HeadCall) -> HeadMemory:
     """The peaks of a call in tiles and of its backward pass, by the formula above."""
-    product_dtype = torch.float32 if call.device_type == "cpu" else call.compute_dtype
-    result_bytes = product_dtype.itemsize % 4  # an fp32 tile is its own result
     rows, columns = tile_shape(
         call.num_tokens,
         call.vocab_size,
-        bytes_per_logit=call.bytes_per_logit + result_bytes + 4 * call.has_factor,
+        bytes_per_logit=call.bytes_per_logit + _result_bytes(call) + 4 * call.has_factor,
         memory_bytes=call.memory_bytes,
         device_type=call.device_type,
     )
-    width, size = call.hidden_size, product_dtype.itemsize
-    tile = rows * columns * (4 + result_bytes)
-    is_copied = call.hidden_dtype != product_dtype or _in_two_steps(call, call.hidden_dtype)
-    hidden_rows = size * rows * is_copied
-    weight_rows = columns * _rounded_bytes(call, call.weight_dtype, product_dtype)
-    always = tile + hidden_rows * width + 36 * call.num_tokens
-    if call.ignored_tokens:
-        always += call.num_tokens * width * call.hidden_dtype.itemsize
+    hidden_rows, weight_rows = _operand_rows(call, rows, columns)
+    always = _always(call, rows, columns)
     # with one tile
     temporaries = rows * columns * 4 * call.temporaries
-    passing = weight_rows * width + max(temporaries, (hidden_rows + weight_rows) * call.rank)
+    passing = weight_rows * call.hidden_size
+    passing += max(temporaries, (hidden_rows + weight_rows) * call.rank)
     if call.trainable or call.rank or call.has_factor:
-        of_hidden = width * call.trainable
-        of_rank = (hidden_rows + max(weight_rows, 8 * rows)) * call.rank
-        in_turn = max(8 * rows * of_hidden, size * rows * of_hidden + max(temporaries, of_rank))
-        backward = always + weight_rows * width + in_turn + _sums(call, rows, columns)
-        backward += (4 * rows * columns + 8 * call.vocab_size) * call.has_factor
-        # Gradients are formed without the ignored tokens, and are spread when all else is done.
-        row = (width + call.rank) * call.hidden_dtype.itemsize
-        spread = row * call.num_tokens if call.ignored_tokens else 0
-        backward = max(backward - row * call.ignored_tokens, spread)
-        return HeadMemory(always + passing, 0, backward)
+        return HeadMemory(always + passing, 0, _backward(call, rows, columns))
     if not call.hidden_needs_gradient:
         return HeadMemory(always + passing, 0, 0)
-    return _frozen(call, always, passing, rows, product_dtype)
+    return _frozen(call, always, passing, rows)
 
 
-def _frozen(
-    call: HeadCall, always: int, passing: int, rows: int, product_dtype: torch.dtype
-) -> HeadMemory:
+def _backward(call: HeadCall, rows: int, columns: int) -> int:
+    """Bytes at the peak, where tiles are computed again."""
+    sums_of_tokens, sums_of_entry = _sums(call)
+    if call.num_tokens * sums_of_tokens < call.vocab_size * sums_of_entry:  # as `gradients` does
+        most = max(call.memory_bytes // sums_of_entry, TILE_MULTIPLE)
+        columns = min(columns, most - most % TILE_MULTIPLE)
+        sums = call.num_tokens * sums_of_tokens + columns * sums_of_entry
+    else:
+        sums = call.vocab_size * sums_of_entry + rows * sums_of_tokens
+    hidden_rows, weight_rows = _operand_rows(call, rows, columns)
+    scaled = rows * _product_dtype(call).itemsize
+    of_rank = (hidden_rows + max(weight_rows, scaled)) * call.rank
+    peak = _always(call, rows, columns) + weight_rows * call.hidden_size + sums
+    peak += scaled * call.hidden_size * call.trainable
+    peak += max(rows * columns * 4 * call.temporaries, of_rank)
+    peak += (4 * rows * columns + 8 * call.vocab_size) * call.has_factor
+    # Gradients are formed without the ignored tokens, and are spread when all else is done.
+    row = (call.hidden_size + call.rank) * call.hidden_dtype.itemsize
+    spread = row * call.num_tokens if call.ignored_tokens else 0
+    return max(peak - row * call.ignored_tokens, spread)
+
+
+def _frozen(call: HeadCall, always: int, passing: int, rows: int) -> HeadMemory:
     """`head_memory` with the direction of the hidden states' gradient alone."""
     row = call.hidden_size * call.compute_dtype.itemsize + 4
     kept = (call.num_tokens + call.ignored_tokens) * row
-    selected = call.weight_dtype.itemsize + _rounded_bytes(call, call.weight_dtype, product_dtype)
-    target_rows = rows * call.hidden_size * max(selected, product_dtype.itemsize % 4 + 4)
+    selected = call.weight_dtype.itemsize + _rounded_bytes(call, call.weight_dtype)
+    target_rows = rows * call.hidden_size * max(selected, _result_bytes(call) + 4)
     sweep = always + call.num_tokens * row
     sweep += 4 * rows * call.hidden_size + max(passing, target_rows)
     spread = kept + call.num_tokens * row if call.ignored_tokens else 0
     return HeadMemory(max(sweep, spread), kept, 0)
+
+
+def _always(call: HeadCall, rows: int, columns: int) -> int:
+    """Bytes of the tile and its result, of rows of hidden states, and of the tokens' numbers."""
+    hidden_rows, _ = _operand_rows(call, rows, columns)
+    size = rows * columns * (4 + _result_bytes(call))
+    size += hidden_rows * call.hidden_size + 36 * call.num_tokens
+    if call.ignored_tokens:
+        size += call.num_tokens * call.hidden_size * call.hidden_dtype.itemsize
+    return size
+
+
+def _operand_rows(call: HeadCall, rows: int, columns: int) -> tuple[int, int]:
+    """Bytes of a column of a tile's hidden states and weight as they are multiplied, if copied."""
+    product_dtype = _product_dtype(call)
+    is_copied = call.hidden_dtype != product_dtype or _in_two_steps(call, call.hidden_dtype)
+    weight_rows = columns * _rounded_bytes(call, call.weight_dtype)
+    return product_dtype.itemsize * rows * is_copied, weight_rows
+
+
+def _product_dtype(call: HeadCall) -> torch.dtype:
+    return torch.float32 if call.device_type == "cpu" else call.compute_dtype
+
+
+def _result_bytes(call: HeadCall) -> int:
+    """Of a logit beside its fp32: an fp32 tile is its own result."""
+    return _product_dtype(call).itemsize % 4
 
 
 def _in_two_steps(call: HeadCall, dtype: torch.dtype) -> bool:
@@ -124,18 +155,16 @@ def _in_two_steps(call: HeadCall, dtype: torch.dtype) -> bool:
     return call.device_type == "cpu" and torch.float32 == dtype != call.compute_dtype
 
 
-def _rounded_bytes(call: HeadCall, dtype: torch.dtype, product_dtype: torch.dtype) -> int:
+def _rounded_bytes(call: HeadCall, dtype: torch.dtype) -> int:
     """Bytes of a number for a tensor's rows as they are multiplied, while they are made."""
+    product_dtype = _product_dtype(call)
     if _in_two_steps(call, dtype):
         return call.compute_dtype.itemsize + product_dtype.itemsize
     return product_dtype.itemsize * (dtype != product_dtype)
 
 
-def _sums(call: HeadCall, rows: int, columns: int) -> int:
-    """Bytes of the fp32 sums of 16-bit gradients."""
+def _sums(call: HeadCall) -> tuple[int, int]:
+    """Bytes of the fp32 sums of 16-bit gradients, for a token and for a vocabulary entry."""
     token_width = (call.hidden_size + call.rank) * (call.hidden_dtype != torch.float32)
     entry_width = call.hidden_size * call.trainable + call.rank
-    entry_width *= call.weight_dtype != torch.float32
-    if call.num_tokens * token_width < call.vocab_size * entry_width:  # as `gradients` chooses
-        return 4 * (call.num_tokens * token_width + columns * entry_width)
-    return 4 * (call.vocab_size * entry_width + rows * token_width)
+    return 4 * token_width, 4 * entry_width * (call.weight_dtype != torch.float32)

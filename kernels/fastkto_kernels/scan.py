@@ -121,7 +121,9 @@ def _finish_direction(
 class Tiles:
     """The buffers of a loop, and the shape of its tiles."""
 
-    def __init__(self, operands: Operands, steps: Steps, memory_bytes: int) -> None:
+    def __init__(
+        self, operands: Operands, steps: Steps, memory_bytes: int, max_columns: int | None = None
+    ) -> None:
         self._operands = operands
         dtype, device = operands.matmul_dtype, operands.hidden.device
         needs_result, needs_copy = dtype != torch.float32, operands.factor is not None
@@ -132,6 +134,7 @@ class Tiles:
             bytes_per_logit=steps.BYTES_PER_LOGIT + needs_result * dtype.itemsize + 4 * needs_copy,
             memory_bytes=memory_bytes,
             device_type=device.type,
+            max_columns=max_columns,
         )
         size = self.num_rows * self.num_columns
         self._logits = Scratch(size, torch.float32, device)

@@ -91,7 +91,7 @@ def gradient_tile(
     if slope is not None:
         gradient.mul_(slope)
     gradient.masked_fill_((target < 0)[:, None], 0.0)
-    if gradient.data_ptr() != direction.data_ptr():
+    if gradient is not direction:  # where the tile is fp32 they are one buffer
         direction.copy_(gradient)
 
 

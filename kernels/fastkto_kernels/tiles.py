@@ -154,6 +154,7 @@ def tile_shape(
     bytes_per_logit: int,
     memory_bytes: int,
     device_type: str = "cuda",
+    max_columns: int | None = None,
 ) -> tuple[int, int]:
     """(R, C) with R * C * bytes_per_logit <= memory_bytes, as far as one logit fits.
 
@@ -168,6 +169,8 @@ def tile_shape(
     while rows > TILE_MULTIPLE and max_logits // rows < min(vocab_size, rows):
         rows = (rows + 1) // 2
     columns = max(max_logits // rows, 1)
+    if max_columns is not None:
+        columns = min(columns, max(max_columns, TILE_MULTIPLE))
     if columns > TILE_MULTIPLE:
         columns -= columns % TILE_MULTIPLE
     return rows, min(columns, max(vocab_size, 1))
