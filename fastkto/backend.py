@@ -2,10 +2,13 @@
 
 import logging
 import os
+from collections.abc import Callable
+from functools import wraps
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,17 @@ def choose_backend(backend: str, device: torch.device) -> BackendChoice:
     choice = _resolve(device)
     _announce(choice)
     return choice
+
+
+def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator with its first tensor's device as the current one, where Triton launches."""
+
+    @wraps(operator)
+    def guarded(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(first):  # nothing to do for a tensor on the CPU
+            return operator(first, *args, **kwargs)
+
+    return guarded
 
 
 def _resolve(device: torch.device) -> BackendChoice:

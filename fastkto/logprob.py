@@ -63,7 +63,8 @@ def linear_logprob(
     If only `hidden` needs a gradient and there is no factor, the forward pass computes its
     direction, [N, D] numbers of the compute dtype's size, which are kept in place of `hidden`: two
     matmuls, none in backward. Else the logits are computed again in backward, once for all
-    gradients.
+    gradients. Differentiable once and in reverse mode: forward mode and second derivatives see a
+    constant.
 
     head_memory_mib bounds the tiles, whatever N is; `fastkto_kernels.memory` has the formula for
     all that a call needs.
@@ -131,6 +132,8 @@ def _check_shapes(inputs: dict[str, Tensor], target: Tensor) -> None:
         )
     if weight.shape[0] == 0:
         raise ValueError("weight has V=0; expected at least one vocabulary entry")
+    if hidden.shape[1] == 0:
+        raise ValueError("hidden has D=0; expected at least one number for each token")
     if ("extra_hidden" in inputs) != ("extra_weight" in inputs):
         raise ValueError("extra_hidden and extra_weight belong together; got one of them")
     expected: dict[str, tuple[int, ...]] = {

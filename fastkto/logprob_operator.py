@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastkto.backend import choose_backend
+from fastkto.backend import choose_backend, on_its_device
 from fastkto_kernels.gradients import logits_gradients
 from fastkto_kernels.operands import Operands
 from fastkto_kernels.scan import Scan, direction_dtype, scan_logits
@@ -95,7 +95,9 @@ def _score(
     return cast(Any, tuple(filled))
 
 
-linear_logprob = torch.library.custom_op("fastkto::linear_logprob", _score, mutates_args=())
+linear_logprob = torch.library.custom_op(
+    "fastkto::linear_logprob", on_its_device(_score), mutates_args=()
+)
 
 
 @linear_logprob.register_fake
@@ -164,7 +166,7 @@ def _differentiate(
 
 
 linear_logprob_backward = torch.library.custom_op(
-    "fastkto::linear_logprob_backward", _differentiate, mutates_args=()
+    "fastkto::linear_logprob_backward", on_its_device(_differentiate), mutates_args=()
 )
 
 

@@ -49,8 +49,10 @@ def kto_loss(
 
     num_rows defaults to B; for a part of a batch it is the batch's number of rows. `kl` is the
     estimate for the whole batch, clamped at zero already; apo_zero_unpaired has no use for it.
-    Only `logprob` gets a gradient. Sums over tokens are formed in fp64, in an order that depends
-    on the row alone. A row without tokens has the sum 0, and the mean 0.
+    Only `logprob` gets a gradient, once and in reverse mode: forward mode and second derivatives
+    see a constant. Sums over tokens are formed in fp64, in an order that depends on the row alone
+    (but for backend "torch" on CUDA, with rows of more than 2,048 tokens). A row without tokens has
+    the sum 0, and the mean 0.
 
     Offsets that do not rise from 0 to N are a ValueError on the CPU; on CUDA the check is
     `torch._assert_async`, which does not synchronise and fails at the next synchronisation.
@@ -58,7 +60,6 @@ def kto_loss(
     _check_rows(logprob, offsets, reference_logprob, is_desirable)
     _check_numbers(beta, desirable_weight, undesirable_weight, sft_weight, num_rows)
     kl = _check_kl(kl, loss_type, logprob.device)
-    num_sequences = is_desirable.shape[0]
     loss, row_loss, row_logprob, log_ratio, _ = loss_operator.kto_loss(
         logprob,
         offsets,
@@ -69,7 +70,7 @@ def kto_loss(
         float(desirable_weight),
         float(undesirable_weight),
         float(sft_weight),
-        float(max(num_sequences, 1) if num_rows is None else num_rows),
+        None if num_rows is None else float(num_rows),
         backend,
     )
     return KTOLoss(loss, row_loss, row_logprob, log_ratio)
@@ -159,6 +160,8 @@ def _check_kl(kl: Tensor | None, loss_type: str, device: torch.device) -> Tensor
         return torch.zeros((), dtype=torch.float64, device=device)
     if kl is None:
         raise ValueError('kl is None; loss_type="kto" needs the KL estimate, a scalar tensor')
+    if not isinstance(kl, Tensor):
+        raise TypeError(f"kl is a {type(kl).__name__}; pass a tensor, such as torch.tensor(0.0)")
     if kl.ndim != 0 or not kl.is_floating_point():
         raise ValueError(
             f"kl has shape {tuple(kl.shape)} and dtype {kl.dtype}; expected a floating-point scalar"

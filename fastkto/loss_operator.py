@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkto.backend import choose_backend
+from fastkto.backend import choose_backend, on_its_device
 
 
 @torch.library.custom_op("fastkto::kto_loss", mutates_args=())
+@on_its_device
 def kto_loss(
     logprob: Tensor,  # [N] fp32
     offsets: Tensor,  # [B + 1] int64
@@ -21,7 +22,7 @@ def kto_loss(
     desirable_weight: float,
     undesirable_weight: float,
     sft_weight: float,
-    num_rows: float,
+    num_rows: float | None,  # None: B
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, row_loss, row logprob, log_ratio, slope): scalar and [B] fp32, then [B] fp64."""
@@ -37,7 +38,7 @@ def kto_loss(
         undesirable_weight,
         sft_weight,
     )
-    loss = (row_loss.sum(dtype=torch.float64) / num_rows).float()
+    loss = (row_loss.sum(dtype=torch.float64) / _divisor(num_rows, row_loss)).float()
     return loss, row_loss.float(), row_logprob, log_ratio, slope
 
 
@@ -49,6 +50,7 @@ def _(logprob: Tensor, offsets: Tensor, reference_logprob: Tensor, *_: Any) -> t
 
 
 @torch.library.custom_op("fastkto::expand_rows", mutates_args=())
+@on_its_device
 def expand_rows(row_gradient: Tensor, offsets: Tensor, num_tokens: int, backend: str) -> Tensor:
     """Each row's value at each of its tokens, [N] fp32."""
     steps = _steps(backend, row_gradient.device)
@@ -61,6 +63,7 @@ def _(row_gradient: Tensor, offsets: Tensor, num_tokens: int, backend: str) -> T
 
 
 @torch.library.custom_op("fastkto::sum_completions", mutates_args=())
+@on_its_device
 def sum_completions(logprob: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """Sum of the tokens of each row, [B] fp64."""
     _check_offsets(offsets, logprob.shape[0])
@@ -87,11 +90,16 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[An
         return (None,) * 11
     offsets, slope = ctx.saved_tensors
     num_tokens, num_rows, backend = ctx.options
-    row_gradient = (slope * (grad_loss.double() / num_rows)).float()
+    row_gradient = (slope * (grad_loss.double() / _divisor(num_rows, slope))).float()
     return (expand_rows(row_gradient, offsets, num_tokens, backend), *(None,) * 10)
 
 
 kto_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _divisor(num_rows: float | None, rows: Tensor) -> float:
+    """Worked out here, since `torch.compile` would make a graph for each value of an argument."""
+    return max(rows.shape[0], 1) if num_rows is None else num_rows
 
 
 def _steps(backend: str, device: torch.device) -> ModuleType:

@@ -17,19 +17,16 @@ Place = tuple[str, str]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def scored(leaves: dict[str, Tensor], target: Tensor, *, backend: str) -> Tensor:
-    """The KTO loss of two sequences."""
+def scored(leaves: dict[str, Tensor], target: Tensor, offsets: Tensor, *, backend: str) -> Tensor:
+    """The KTO loss of a batch."""
     options: dict[str, Any] = {"backend": backend, "head_memory_mib": 0.01, "stats": True}
     scores = linear_logprob(leaves["hidden"], leaves["weight"], target, **options)
-    device = target.device
-    offsets = torch.tensor([0, 2, 0], device=device)
-    offsets = offsets + torch.tensor([0, 0, 1], device=device) * target.shape[0]
     result = kto_loss(
         scores.logprob,
         offsets,
         sum_completions(scores.logprob, offsets, backend=backend) + 0.1,
-        torch.tensor([True, False], device=device),
-        kl=torch.tensor(0.05, device=device),
+        offsets[1:] % 2 == 0,
+        kl=torch.tensor(0.05, device=target.device),
         backend=backend,
     )
     assert scores.entropy is not None
@@ -46,12 +43,14 @@ def assert_compiled_is_eager(
 ) -> None:
     """Loss and gradients; backward is called outside of what is compiled."""
     device, backend = place
+    num_rows = num_tokens // 3  # another for each number of tokens
+    offsets = torch.linspace(0, num_tokens, num_rows + 1).long().to(device)
     inputs = make_inputs((num_tokens, 6, 30), torch.float32, device)
     leaves = {name: inputs[name] for name in ("hidden", "weight")}
     leaves["weight"].requires_grad_(trainable)
     needed = [leaf for leaf in leaves.values() if leaf.requires_grad]
-    expected = scored(leaves, inputs["target"], backend=backend)
-    loss = compiled(leaves, inputs["target"], backend=backend)
+    expected = scored(leaves, inputs["target"], offsets, backend=backend)
+    loss = compiled(leaves, inputs["target"], offsets, backend=backend)
     ours = (loss.detach(), *torch.autograd.grad(loss, needed))
     theirs = (expected.detach(), *torch.autograd.grad(expected, needed))
     for value, true_value in zip(ours, theirs, strict=True):

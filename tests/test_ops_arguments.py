@@ -26,6 +26,7 @@ INPUTS = {
         ({"weight": torch.ones(9, 6, 1)}, ValueError, r"weight has shape \(9, 6, 1\)"),
         ({"weight": torch.ones(9, 5)}, ValueError, "hidden has D=6, weight has D=5; pass lm_head"),
         ({"weight": torch.ones(0, 6)}, ValueError, "weight has V=0"),
+        ({"hidden": torch.ones(4, 0), "weight": torch.ones(9, 0)}, ValueError, "hidden has D=0"),
         ({"target": torch.zeros(5).long()}, ValueError, r"target has shape \(5,\); .*\(4,\)"),
         ({"target": torch.zeros(4).int()}, TypeError, "target has dtype torch.int32; .*int64"),
         ({"target": torch.tensor([0, 9, 1, 1])}, ValueError, r"target\[1\] is 9; .*\[0, 9\)"),
