@@ -65,8 +65,12 @@ def _check_numbers(args: KTOConfig) -> None:
             finite = "" if name in _COUNTS else ", and finite"
             raise ValueError(f"{name} is {value}; it must be {least} or more{finite}")
     if args.beta == 0 or args.desirable_weight == args.undesirable_weight == 0:
-        name = "beta" if args.beta == 0 else "desirable_weight and undesirable_weight"
-        raise ValueError(f"{name} is 0, so that nothing would be learned; make it positive")
+        what = "beta is" if args.beta == 0 else "desirable_weight and undesirable_weight are both"
+        raise ValueError(f"{what} 0, so that nothing would be learned; give a positive number")
+    if args.max_steps == 0:
+        raise ValueError(
+            "max_steps is 0; give a number above 0, or leave it out to go by num_train_epochs"
+        )
 
 
 def _check_passes(args: KTOConfig) -> None:

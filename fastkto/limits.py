@@ -1,5 +1,8 @@
 """What the trainer refuses, and what to do instead; before anything is trained if it can be."""
 
+import os
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -48,6 +51,9 @@ def check_arguments(model: Any, ref_model: Any, args: KTOConfig) -> None:
         )
     _check_given_models(model, ref_model)
     _check_settings(args)
+    _check_launch(args)
+    if args.should_save:
+        _check_output(str(args.output_dir))
 
 
 def _check_given_models(model: Any, ref_model: Any) -> None:
@@ -109,6 +115,28 @@ def _check_settings(args: KTOConfig) -> None:
             "accelerator_config has even_batches=False, and ranks with fewer batches would leave "
             "the others waiting; leave it out (repeated rows do not count in evaluation)"
         )
+
+
+def _check_launch(args: KTOConfig) -> None:
+    """Refuse processes that do not know of each other: each would train alone, into one folder."""
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if started > 1 and args.world_size == 1:
+        raise ValueError(
+            f"{started} processes were started, and this one would train alone: without a GPU they "
+            "find each other only with use_cpu=True; set it, or start one process"
+        )
+
+
+def _check_output(folder: str) -> None:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir is {folder}, where nothing can be written ({error.strerror}); give "
+            "another folder"
+        ) from error
 
 
 def check_evaluation(eval_dataset: Any, args: KTOConfig) -> None:

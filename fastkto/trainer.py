@@ -500,11 +500,22 @@ class KTOTrainer(SavingTrainer):
         if resume_from_checkpoint:
             check_whole(resume_from_checkpoint)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
-        if not self._had_a_batch and self.state.global_step == 0 < self.state.max_steps:
-            raise ValueError(
-                "nothing was trained: the train data gave no batch. Is the stream empty, or does "
-                f"every prompt fill max_length={self.args.max_length}? A warning names such rows"
+        if self._had_a_batch:
+            return output
+        if self.state.global_step == 0 < self.state.max_steps:
+            size = self.args.per_device_train_batch_size * self.args.world_size
+            why = (
+                f"dataloader_drop_last=True leaves out batches of fewer than {size} rows"
+                if self.args.dataloader_drop_last
+                else "Is the stream empty, or does every prompt fill "
+                f"max_length={self.args.max_length}? A warning names such rows"
             )
+            raise ValueError(f"nothing was trained: the train data gave no batch. {why}")
+        logger.warning(
+            "nothing was left to train: step %d is the end of the run; raise num_train_epochs or "
+            "max_steps to go on",
+            self.state.global_step,
+        )
         return output
 
 

@@ -15,6 +15,7 @@ from transformers import TrainerState
 from trl.scripts.utils import ScriptArguments
 
 import fastkto
+from fastkto import KTOTrainer
 from fastkto.cli import main
 from fastkto.cli.arguments import DataArguments, ModelArguments
 from fastkto.cli.console import CommandError, mistakes
@@ -146,8 +147,9 @@ def test_wrong_rows_are_refused(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--data=nowhere.jsonl"], "there is no file or folder nowhere.jsonl"),
-        (["--eval_data=nowhere.csv"], "there is no file or folder nowhere.csv"),
+        (["--data=nowhere.jsonl"], "--data: there is no file or folder nowhere.jsonl"),
+        (["--eval_data=nowhere.csv"], "--eval_data: there is no file or folder nowhere.csv"),
+        (["--output_dir=/proc/out"], "output_dir is /proc/out, where nothing can be written (No"),
         (["--eval_strategy=epoch"], "eval_strategy is 'epoch' and a data file has no second split"),
         (["--attn_implementation=none"], 'Specified `attn_implementation="none"` is not supported'),
         (["--use_peft", "--lora_target_modules=none"], "Target modules none not found"),
@@ -337,6 +339,42 @@ def test_a_run_leaves_a_model_metrics_and_a_plot(
     assert json.loads((output_dir / "train_results.json").read_text())["train_loss"] > 0
     last = [log for log in history if "loss" in log][-1]
     assert f"at step 4       loss {last['loss']:.4f}  kl {last['kl']:.4f}" in captured.out
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_a_finished_one_that_it_is(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model: str,
+    data: str,
+) -> None:
+    step, out = KTOTrainer.training_step, tmp_path / "out"
+    argv = ["train", "--model", model, "--data", data, f"--output_dir={out}", "--max_steps=4"]
+
+    def interrupted_after(last: int) -> Any:
+        def training_step(trainer: KTOTrainer, *args: Any, **kwargs: Any) -> Any:
+            if trainer.state.global_step == last:
+                raise KeyboardInterrupt
+            return step(trainer, *args, **kwargs)
+
+        return training_step
+
+    monkeypatch.setattr(KTOTrainer, "training_step", interrupted_after(1))
+    assert main([*argv, "--use_peft"]) == 130
+    says = "interrupted at step 1; no checkpoint was saved yet (save_steps is 500)"
+    assert capsys.readouterr().err.splitlines()[-1] == says
+    monkeypatch.setattr(KTOTrainer, "training_step", interrupted_after(3))
+    assert main([*argv, "--use_peft", "--save_steps=2"]) == 130
+    says = f"interrupted at step 3; go on from {out / 'checkpoint-2'} with --resume_from_checkpoint"
+    assert capsys.readouterr().err.splitlines()[-1] == f"{says} true"
+    monkeypatch.setattr(KTOTrainer, "training_step", step)
+    argv += ["--use_peft", "--save_steps=2", "--resume_from_checkpoint=true"]
+    assert main(argv) == 0
+    assert f"adapter saved to  {out}\n" in capsys.readouterr().out
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert "nothing was left to train: step 4 is the end of the run" in captured.err
+    assert "whole run" not in captured.out
 
 
 def test_the_given_reference_is_used(tmp_path: Path, model: str, data: str) -> None:

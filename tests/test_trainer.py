@@ -883,6 +883,23 @@ def test_foreign_batch_is_refused_by_name(tmp_path: Path) -> None:
         run.train()
 
 
+def test_a_last_batch_that_is_left_out_is_named_where_it_is_the_only_one(tmp_path: Path) -> None:
+    fields = {"dataloader_drop_last": True, "per_device_train_batch_size": 64}
+    with pytest.raises(ValueError, match="drop_last=True leaves out batches of fewer than 64 rows"):
+        trainer(tmp_path, **fields).train()
+
+
+def test_processes_that_would_train_alone_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = KTOConfig(str(tmp_path), use_cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_arguments("model", None, args)  # as a cluster may set it, without a launcher
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="2 processes were started, .* use_cpu=True; set it"):
+        check_arguments("model", None, args)
+
+
 def test_optimizer_that_steps_in_backward_is_refused_with_accumulation(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="optim='lomo' updates .*gradient_accumulation_steps=2"):
         trainer(tmp_path, optim="lomo", gradient_accumulation_steps=2)

@@ -36,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank() == 0 or error.everywhere:
             complain(f"error: {error}")
         return 2
-    except KeyboardInterrupt:
-        complain("interrupted")
+    except KeyboardInterrupt as error:
+        if rank() == 0:
+            complain(str(error) or "interrupted")
         return 130
     return 0
 

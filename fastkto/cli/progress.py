@@ -1,11 +1,15 @@
 """What `fastkto train` prints while it trains and when it is done."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastkto.checkpoints import last_whole_checkpoint
 from fastkto.trainer import KTOTrainer
 
 # Metrics of a log line: the key in the log, its name on the line, its format.
@@ -27,16 +31,28 @@ def describe_end(
     folder, history = Path(str(trainer.args.output_dir)), trainer.state.log_history
     now = {"step": trainer.state.global_step, **metrics}  # of a run that is too short to log
     last: dict[str, float] = next((log for log in reversed(history) if "loss" in log), now)
+    saved = "adapter" if isinstance(trainer.model, PeftModel) else "model"
     rows = [
-        ("model saved to", str(folder)),
+        (f"{saved} saved to", str(folder)),
         (f"at step {last['step']}", describe_metrics(last)),
-        ("whole run", f"loss {metrics['train_loss']:.4f}"),
     ]
+    if metrics["train_loss"]:  # nothing was left to train for a resumed run, else
+        rows.append(("whole run", f"loss {metrics['train_loss']:.4f}"))
     if evaluation is not None:
         rows.append(("evaluation", describe_metrics(evaluation, "eval_")))
     rows.append(("metrics", f"{folder / 'trainer_state.json'}"))
     rows.append(("plot", draw_plot(history, folder / "training.png")))
     return rows
+
+
+def describe_interruption(trainer: KTOTrainer) -> str:
+    """Where a run was when it was interrupted, and how to go on with it."""
+    last = last_whole_checkpoint(str(trainer.args.output_dir))
+    if last is None:
+        left = f"no checkpoint was saved yet (save_steps is {trainer.args.save_steps:g})"
+    else:
+        left = f"go on from {last} with --resume_from_checkpoint true"
+    return f"interrupted at step {trainer.state.global_step}; {left}"
 
 
 def draw_plot(history: list[dict[str, float]], path: Path) -> str:
@@ -57,6 +73,17 @@ def describe_metrics(logs: dict[str, Any], prefix: str = "") -> str:
         if prefix + key in logs
     ]
     return "  ".join(parts)
+
+
+@contextmanager
+def closing_the_bar(trainer: KTOTrainer) -> Iterator[None]:
+    """What comes after an error begins on a line of its own."""
+    try:
+        yield
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TrainingProgress) and callback.training_bar is not None:
+                callback.training_bar.close()
 
 
 class TrainingProgress(ProgressCallback):

@@ -13,12 +13,18 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProgressCallback,
 )
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from fastkto.cli.arguments import Arguments, ModelArguments
 from fastkto.cli.console import CommandError, mistakes, rank, say, table, warn
 from fastkto.cli.preflight import check, resume_from
-from fastkto.cli.progress import TrainingProgress, describe_end
+from fastkto.cli.progress import (
+    TrainingProgress,
+    closing_the_bar,
+    describe_end,
+    describe_interruption,
+)
 from fastkto.cli.summary import describe_run
 from fastkto.config import KTOConfig
 from fastkto.data.load import load_rows
@@ -47,7 +53,7 @@ def train(arguments: Arguments) -> None:
     args, folder = trainer.step_settings.args, str(trainer.args.output_dir)
     about = f"rank {args.process_index}" if args.world_size > 1 else ""
     with mistakes(about=about, everywhere=True):
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        result = run(trainer, checkpoint)
         if trainer.is_fsdp_enabled:  # else save_model writes nothing for sharded checkpoints
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model()
@@ -62,6 +68,15 @@ def train(arguments: Arguments) -> None:
             say()
             say(table(describe_end(trainer, result.metrics, evaluation)))
     trainer.accelerator.end_training()  # ends trackers and the process group
+
+
+def run(trainer: KTOTrainer, checkpoint: str | None) -> TrainOutput:
+    """Train; Ctrl-C says how to go on."""
+    try:
+        with closing_the_bar(trainer):
+            return trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(describe_interruption(trainer)) from error
 
 
 def quieten_libraries() -> None:
@@ -102,12 +117,14 @@ def build_trainer(arguments: Arguments) -> KTOTrainer:
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
     tokenizer = load_tokenizer(name, model.model_revision, args)
-    train_rows = load_rows(
-        str(data.dataset_name), split=data.dataset_train_split, config=data.dataset_config
-    )
+    with mistakes(*SETTING_UP, about="--data"):
+        train_rows = load_rows(
+            str(data.dataset_name), split=data.dataset_train_split, config=data.dataset_config
+        )
     eval_rows = None
     if data.eval_data is not None:
-        eval_rows = load_rows(data.eval_data, split=data.dataset_train_split)
+        with mistakes(*SETTING_UP, about="--eval_data"):
+            eval_rows = load_rows(data.eval_data, split=data.dataset_train_split)
     elif args.eval_strategy != "no":
         if Path(str(data.dataset_name)).is_file():
             raise CommandError(
