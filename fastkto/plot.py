@@ -46,7 +46,10 @@ PANELS = (
     Panel(
         "KL estimate",
         "KL (nats)",
-        (Curve("kl_raw", "before the clamp at 0", GREY), Curve("kl", "kl", BLUE)),
+        (
+            Curve("kl_raw", "before the clamp at 0", GREY),
+            Curve("kl", "kl, the mean of clamped estimates", BLUE),
+        ),
         True,
     ),
 )
@@ -87,7 +90,7 @@ def draw(log_history: Sequence[dict[str, Any]]) -> Any:
     figure = Figure(figsize=(10, 7), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     for axes, panel in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
         _draw_panel(axes, panel, log_history)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
         axes.tick_params(labelbottom=True, length=0, colors="#444444")
         axes.set_xlabel("optimizer step")
     return figure
@@ -98,6 +101,7 @@ def _draw_panel(axes: Any, panel: Panel, log_history: Sequence[dict[str, Any]]) 
     axes.set_ylabel(panel.unit)
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
+    axes.ticklabel_format(axis="y", useOffset=False)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     for curve in panel.curves:

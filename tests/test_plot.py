@@ -54,7 +54,8 @@ def test_each_curve_shows_the_metric_it_is_named_after() -> None:
         "undesirable": logged("rewards/rejected"),
     }
     assert margin == {"margin": logged("rewards/margins"), "margin (evaluation)": [(10, 2.5)]}
-    assert kl == {"kl": logged("kl"), "before the clamp at 0": logged("kl_raw")}
+    clamped = "kl, the mean of clamped estimates"
+    assert kl == {clamped: logged("kl"), "before the clamp at 0": logged("kl_raw")}
 
 
 def test_every_axis_is_labelled_and_rewards_and_kl_have_units() -> None:
