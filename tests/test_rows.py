@@ -216,6 +216,15 @@ def test_merged_prompts_are_warned_about_once(
     ]
 
 
+def test_completions_beside_pairs_are_named(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    both = {"prompt": "p", "completion": "c", "label": True, "chosen": "a", "rejected": "b"}
+    rows, _ = prepare_rows(Dataset.from_list([both]), tokenizer, max_length=None)
+    assert len(rows) == 2
+    assert "so its completion and label will not be used" in caplog.text
+
+
 def test_the_report_counts_rows_and_pairs(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = text_data(5, prompt={0: "x" * 20}, completion={3: "x" * 20})
     _, report = prepare_rows(Dataset.from_list(rows), tokenizer, max_length=10)

@@ -201,7 +201,10 @@ def _deepspeed_precision_warnings(args: KTOConfig, low: str, most_passes: int) -
 def _class_warnings(batches: BatchFacts, args: KTOConfig) -> list[str]:
     share, shuffled = batches.one_class, batches.one_class_shuffled
     if shuffled == 1.0:
-        return ["all rows of the training data have the same label"]
+        return [
+            "all rows of the training data have the same label, so that nothing holds their reward "
+            "back but the KL estimate; add rows of the other class"
+        ]
     if share > shuffled + ONE_CLASS_MARGIN and args.train_sampling_strategy == "sequential":
         return [
             f"{share:.0%} of the batches hold one class only, and {shuffled:.0%} would if rows "

@@ -150,6 +150,13 @@ def prepare_rows(
         raise ValueError(f"the {name} data has no rows")
     columns = dataset.column_names or list(first_row)
     row_format = formats.detect_format(columns, first_row, name)
+    if row_format.paired and (ignored := {"completion", "label"} & set(columns)):
+        logger.warning(
+            "the %s data has chosen and rejected, whose pairs become its rows, so its %s will not "
+            "be used; leave out one or the other",
+            name,
+            " and ".join(sorted(ignored)),
+        )
     check_tokenizer(tokenizer, row_format, first_row, name)
     tokenise = Tokenise(tokenizer, row_format, source_digest(), in_blocks)
     known = dataset.features if keep_columns and not row_format.paired else None
