@@ -96,6 +96,7 @@ def test_the_facts_of_a_run(tmp_path: Path) -> None:
         "precision: float32 weights, no bfloat16 autocast (no GPU for it)",
         "reference: the initial policy, copied",
         "backend: torch (there is no Triton backend for device 'cpu')",
+        "devices: 1 x cpu",
         f"output: {tmp_path}",
     ]
 

@@ -62,6 +62,7 @@ def describe_run(trainer: KTOTrainer) -> RunSummary:
         ("precision", precision(model, args)),
         ("reference", trainer.reference.description),
         ("backend", f"{backend.name} ({backend.reason})"),
+        ("devices", f"{args.world_size} x {args.device.type}"),
         ("output", str(args.output_dir)),
     ]
     warnings = [
