@@ -128,6 +128,8 @@ def _check_launch(args: KTOConfig) -> None:
 
 
 def _check_output(folder: str) -> None:
+    if Path(folder).is_file():
+        raise ValueError(f"output_dir is {folder}, a file; give a folder")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):

@@ -66,10 +66,6 @@ SETTINGS = [
     Bad("desirable_weight is -2.0; it must be", {"desirable_weight": -2.0}),
     Bad("undesirable_weight is -3.0; it must be", {"undesirable_weight": -3.0}),
     Bad(
-        "desirable_weight and undesirable_weight is 0, so that nothing",
-        {"desirable_weight": 0.0, "undesirable_weight": 0.0},
-    ),
-    Bad(
         "max_tokens_per_pass is 'many'; give a number",
         {"max_tokens_per_pass": "many"},
         on_the_command_line="--max_tokens_per_pass: 'many' is neither a number nor auto",

@@ -457,4 +457,4 @@ def test_output_folder_that_is_a_file_is_refused(
     file = tmp_path / "file"
     file.touch()
     argv = ["--model=m/m", "--data=d/d", f"--output_dir={file}"]
-    assert f"--output_dir: {file} is a file" in sentence(capsys, "train", *argv)
+    assert f"output_dir is {file}, a file; give a folder" in sentence(capsys, "train", *argv)

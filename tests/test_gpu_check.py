@@ -188,8 +188,8 @@ def test_the_parts_of_the_head_benchmark_are_all_its_cases_and_the_targets_come_
             for part, (model, tokens) in zip(parts, words, strict=True)
             if model in str(case) and ("n8192" in str(case)) == (tokens == "n8192")
         ]
-        has_target = case.tokens == 8192 and case.hidden in (896, 4096)
-        assert fitting == ["targets" if has_target and "qwen3" not in str(case) else "benchmarks"]
+        has_target = case.tokens == 8192 and case.model in gpu_check.TARGET_MODELS
+        assert fitting == ["targets" if has_target else "benchmarks"]
     assert len(parts) == 2 * len(REAL_MODELS)
     assert [part.group for part in parts] == sorted((part.group for part in parts), reverse=True)
 

@@ -33,8 +33,6 @@ def check(arguments: Arguments) -> None:
             f"num_train_epochs is {args.num_train_epochs} and max_steps {args.max_steps}, so "
             "nothing would be trained; give one of them a number above 0"
         )
-    if Path(str(args.output_dir)).is_file():
-        raise CommandError(f"--output_dir: {args.output_dir} is a file; give a folder")
     check_model(model)
     if (model.load_in_4bit or model.load_in_8bit) and find_spec("bitsandbytes") is None:
         bits = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
