@@ -67,10 +67,6 @@ def _check_numbers(args: KTOConfig) -> None:
     if args.beta == 0 or args.desirable_weight == args.undesirable_weight == 0:
         what = "beta is" if args.beta == 0 else "desirable_weight and undesirable_weight are both"
         raise ValueError(f"{what} 0, so that nothing would be learned; give a positive number")
-    if args.max_steps == 0:
-        raise ValueError(
-            "max_steps is 0; give a number above 0, or leave it out to go by num_train_epochs"
-        )
 
 
 def _check_passes(args: KTOConfig) -> None:

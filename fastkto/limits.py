@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from fastkto.config import KTOConfig
 from fastkto.data.batch import VOCABULARY_REMEDY
@@ -52,8 +52,6 @@ def check_arguments(model: Any, ref_model: Any, args: KTOConfig) -> None:
     _check_given_models(model, ref_model)
     _check_settings(args)
     _check_launch(args)
-    if args.should_save:
-        _check_output(str(args.output_dir))
 
 
 def _check_given_models(model: Any, ref_model: Any) -> None:
@@ -127,12 +125,20 @@ def _check_launch(args: KTOConfig) -> None:
         )
 
 
-def _check_output(folder: str) -> None:
-    if Path(folder).is_file():
+def check_run(args: TrainingArguments, *, saves: bool) -> None:
+    """Refuse what only a training run minds; every rank writes, and so every one looks."""
+    if args.max_steps == 0:
+        raise ValueError(
+            "max_steps is 0; give a number above 0, or leave it out to go by num_train_epochs"
+        )
+    if not saves:
+        return
+    folder = Path(str(args.output_dir))
+    if folder.is_file():
         raise ValueError(f"output_dir is {folder}, a file; give a folder")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
+        with TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise ValueError(

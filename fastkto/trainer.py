@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, SaveStrategy
 
 from fastkto.checkpoint_passes import needs_checkpointing, turn_off_checkpointing
 from fastkto.checkpoints import check_whole, last_whole_checkpoint
@@ -44,6 +44,7 @@ from fastkto.limits import (
     check_optimizer,
     check_overrides,
     check_prepared,
+    check_run,
     check_trainable,
     set_distributed_defaults,
 )
@@ -295,6 +296,7 @@ class KTOTrainer(SavingTrainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """As in `Trainer`; the backward of the last pass, which runs here, is named in errors."""
+        self._had_a_batch = True
         # DeepSpeed's optimizer steps within that backward, and is no pass.
         batch_loss = None if self.is_deepspeed_enabled else inputs.get("batch_loss")
         with nullcontext() if batch_loss is None else batch_loss.naming_pass():
@@ -304,12 +306,13 @@ class KTOTrainer(SavingTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """As in `Trainer`; the scores without gradient are there for all of a step's batches."""
+        if self.state.global_step >= self.state.max_steps:  # of a finished run that is resumed
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if hasattr(self.optimizer, "train"):  # some have other weights since an evaluation
             self.optimizer.train()
         batches = [self._prepare_inputs(batch) for batch in batches]
         if batches:
-            self._had_a_batch = True
             if not self._budget_is_found:
                 self._get_ready(batches)  # the layouts, which the trial passes have too
                 set_budget(self, batches)
@@ -490,6 +493,7 @@ class KTOTrainer(SavingTrainer):
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """As in `Trainer`; True resumes from the last checkpoint that was written to its end."""
+        check_run(self.args, saves=self.args.save_strategy != SaveStrategy.NO)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -511,11 +515,12 @@ class KTOTrainer(SavingTrainer):
                 f"max_length={self.args.max_length}? A warning names such rows"
             )
             raise ValueError(f"nothing was trained: the train data gave no batch. {why}")
-        logger.warning(
-            "nothing was left to train: step %d is the end of the run; raise num_train_epochs or "
-            "max_steps to go on",
-            self.state.global_step,
-        )
+        if self.is_world_process_zero():
+            logger.warning(
+                "nothing was left to train: step %d is the end of the run; raise num_train_epochs "
+                "or max_steps to go on",
+                self.state.global_step,
+            )
         return output
 
 

@@ -60,7 +60,6 @@ SETTINGS = [
         "desirable_weight and undesirable_weight are both 0",
         {"desirable_weight": 0.0, "undesirable_weight": 0.0},
     ),
-    Bad("max_steps is 0; give a number above 0", {"max_steps": 0}),
     Bad("learning_rate is -0.1; it must be 0", {"learning_rate": -0.1}),
     Bad("learning_rate is nan; it must be 0", {"learning_rate": float("nan")}),
     Bad("desirable_weight is -2.0; it must be", {"desirable_weight": -2.0}),

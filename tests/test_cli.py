@@ -149,6 +149,7 @@ def test_wrong_rows_are_refused(
     [
         (["--data=nowhere.jsonl"], "--data: there is no file or folder nowhere.jsonl"),
         (["--eval_data=nowhere.csv"], "--eval_data: there is no file or folder nowhere.csv"),
+        (["--max_steps=0"], "max_steps is 0; give a number above 0"),
         (["--output_dir=/proc/out"], "output_dir is /proc/out, where nothing can be written (No"),
         (["--eval_strategy=epoch"], "eval_strategy is 'epoch' and a data file has no second split"),
         (["--attn_implementation=none"], 'Specified `attn_implementation="none"` is not supported'),
@@ -350,6 +351,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_a_finished_one_that_it_is(
 ) -> None:
     step, out = KTOTrainer.training_step, tmp_path / "out"
     argv = ["train", "--model", model, "--data", data, f"--output_dir={out}", "--max_steps=4"]
+    argv += ["--per_device_train_batch_size=4"]  # of 8 steps an epoch
 
     def interrupted_after(last: int) -> Any:
         def training_step(trainer: KTOTrainer, *args: Any, **kwargs: Any) -> Any:
@@ -361,20 +363,25 @@ def test_an_interrupted_run_says_how_to_go_on_and_a_finished_one_that_it_is(
 
     monkeypatch.setattr(KTOTrainer, "training_step", interrupted_after(1))
     assert main([*argv, "--use_peft"]) == 130
-    says = "interrupted at step 1; no checkpoint was saved yet (save_steps is 500)"
+    says = "interrupted at step 1; no checkpoint was saved by then (save_steps is 500)"
     assert capsys.readouterr().err.splitlines()[-1] == says
     monkeypatch.setattr(KTOTrainer, "training_step", interrupted_after(3))
     assert main([*argv, "--use_peft", "--save_steps=2"]) == 130
-    says = f"interrupted at step 3; go on from {out / 'checkpoint-2'} with --resume_from_checkpoint"
-    assert capsys.readouterr().err.splitlines()[-1] == f"{says} true"
+    says = f"interrupted at step 3; go on with --resume_from_checkpoint {out / 'checkpoint-2'}"
+    assert capsys.readouterr().err.splitlines()[-1] == says
     monkeypatch.setattr(KTOTrainer, "training_step", step)
-    argv += ["--use_peft", "--save_steps=2", "--resume_from_checkpoint=true"]
-    assert main(argv) == 0
+    argv += ["--use_peft", "--save_steps=2"]
+    resumed = [*argv, "--resume_from_checkpoint=true"]
+    assert main(resumed) == 0
     assert f"adapter saved to  {out}\n" in capsys.readouterr().out
-    assert main(argv) == 0
+    assert main(resumed) == 0
     captured = capsys.readouterr()
     assert "nothing was left to train: step 4 is the end of the run" in captured.err
     assert "whole run" not in captured.out
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 4
+    monkeypatch.setattr(KTOTrainer, "training_step", interrupted_after(1))
+    assert main(argv) == 130  # the checkpoints there are not its own
+    assert "interrupted at step 1; no checkpoint was saved by then" in capsys.readouterr().err
 
 
 def test_the_given_reference_is_used(tmp_path: Path, model: str, data: str) -> None:

@@ -146,6 +146,7 @@ def test_overrides_are_obeyed(tmp_path: Path, change: Any, caplog: Any) -> None:
     method = next(name for name in vars(change) if not name.startswith("_"))
     said = [one.message for one in caplog.records if f"overrides {method}" in one.message]
     assert len(said) == 1 and "one pass over all its rows" in said[0]
+    assert "nothing was left to train" not in caplog.text
 
 
 @pytest.mark.parametrize(

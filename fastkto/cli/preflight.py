@@ -10,7 +10,7 @@ from fastkto.checkpoints import is_whole, last_whole_checkpoint
 from fastkto.cli.arguments import Arguments, ModelArguments
 from fastkto.cli.console import CommandError, mistakes
 from fastkto.config import KTOConfig
-from fastkto.limits import check_arguments
+from fastkto.limits import check_arguments, check_run
 
 
 def check(arguments: Arguments) -> None:
@@ -40,6 +40,7 @@ def check(arguments: Arguments) -> None:
     with mistakes(ValueError, RuntimeError, ImportError, about="report_to"):
         for tracker in get_reporting_integration_callbacks(args.report_to):
             tracker()  # it looks for its package
+    check_run(args, saves=True)
     checkpoint = resume_from(args)
     if checkpoint is not None and not model.use_peft:
         if (Path(checkpoint) / "adapter_config.json").is_file():

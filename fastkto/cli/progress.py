@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from fastkto.checkpoints import last_whole_checkpoint
 from fastkto.trainer import KTOTrainer
@@ -36,7 +37,7 @@ def describe_end(
         (f"{saved} saved to", str(folder)),
         (f"at step {last['step']}", describe_metrics(last)),
     ]
-    if metrics["train_loss"]:  # nothing was left to train for a resumed run, else
+    if metrics.get("train_loss"):  # nothing was left to train for a resumed run, else
         rows.append(("whole run", f"loss {metrics['train_loss']:.4f}"))
     if evaluation is not None:
         rows.append(("evaluation", describe_metrics(evaluation, "eval_")))
@@ -47,12 +48,15 @@ def describe_end(
 
 def describe_interruption(trainer: KTOTrainer) -> str:
     """Where a run was when it was interrupted, and how to go on with it."""
-    last = last_whole_checkpoint(str(trainer.args.output_dir))
-    if last is None:
-        left = f"no checkpoint was saved yet (save_steps is {trainer.args.save_steps:g})"
-    else:
-        left = f"go on from {last} with --resume_from_checkpoint true"
-    return f"interrupted at step {trainer.state.global_step}; {left}"
+    args, step = trainer.args, trainer.state.global_step
+    # A later one is of an earlier run in the same folder.
+    last = last_whole_checkpoint(str(args.output_dir), Path(f"checkpoint-{step + 1}"))
+    if last is not None:
+        return f"interrupted at step {step}; go on with --resume_from_checkpoint {last}"
+    when = f"save_strategy is {args.save_strategy.value!r}"
+    if args.save_strategy == SaveStrategy.STEPS:
+        when = f"save_steps is {args.save_steps:g}"
+    return f"interrupted at step {step}; no checkpoint was saved by then ({when})"
 
 
 def draw_plot(history: list[dict[str, float]], path: Path) -> str:

@@ -12,7 +12,7 @@ the products (on a CPU these are fp32):
     frozen head  8 R D           forward: an fp32 sum, and the targets' rows of the weight in fp32
                  w R D           these rows in the weight's dtype, where it is another
                  4 N             a scale for each token
-    ignored      h N D           on a CPU, where ignored tokens are left out: the others' hidden
+    ignored      h N (D + E)     on a CPU, where ignored tokens are left out: the others' hidden
                                  states, copied. What is kept, and gradients, are formed without
                                  them first
     trainable    m R D           backward: hidden states times the upstream gradient
@@ -106,7 +106,7 @@ def _backward(call: HeadCall, rows: int, columns: int) -> int:
     peak += max(rows * columns * 4 * call.temporaries, of_rank)
     peak += (4 * rows * columns + 8 * call.vocab_size) * call.has_factor
     # Gradients are formed without the ignored tokens, and are spread when all else is done.
-    row = (call.hidden_size + call.rank) * call.hidden_dtype.itemsize
+    row = (call.hidden_size * call.hidden_needs_gradient + call.rank) * call.hidden_dtype.itemsize
     spread = row * call.num_tokens if call.ignored_tokens else 0
     return max(peak - row * call.ignored_tokens, spread)
 
@@ -129,7 +129,7 @@ def _always(call: HeadCall, rows: int, columns: int) -> int:
     size = rows * columns * (4 + _result_bytes(call))
     size += hidden_rows * call.hidden_size + 36 * call.num_tokens
     if call.ignored_tokens:
-        size += call.num_tokens * call.hidden_size * call.hidden_dtype.itemsize
+        size += call.num_tokens * (call.hidden_size + call.rank) * call.hidden_dtype.itemsize
     return size
 
 
