@@ -41,13 +41,10 @@ _ABOUT = (
     "fp64.\n\n"
     "With a frozen head fastkto rounds the direction of the gradient where it is stored, in fp16 "
     "with a scale for each token, and the gradient itself where it is returned, in bf16: the first "
-    "rounding has an eighth of the second one's size. The bound on a CPU is 1e-4 nats for a "
-    "log-probability and 1.5 roundings for a token's gradient. On a GPU tiles of 16 bits add to "
-    "that where a few tokens have all of the probability: in the tests to at most 1.75 roundings, "
-    "or 4 with DoRA on the head, whose factor is rounded with them. There, tensor cores cut off "
-    "what they add up instead of rounding it, so that a log-probability's bound is 4e-8 D nats "
-    "where that is more (1.6e-4 at D = 4,096; worked out, not measured yet). With fp16 both "
-    "roundings have the same size (1.41 in the mean)."
+    "rounding has an eighth of the second one's size. The bound is 1e-4 nats for a log-probability "
+    "and 1.5 roundings for a token's gradient. Tiles of 16 bits add to that where a few tokens "
+    "have all of the probability (in the tests to at most 1.75), and with fp16 both roundings have "
+    "the same size (1.41 in the mean)."
 )
 _EMULATION = (
     "On a CPU fastkto multiplies in fp32. The column *emulated* rounds what it multiplies as on a "

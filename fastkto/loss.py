@@ -50,9 +50,8 @@ def kto_loss(
     num_rows defaults to B; for a part of a batch it is the batch's number of rows. `kl` is the
     estimate for the whole batch, clamped at zero already; apo_zero_unpaired has no use for it.
     Only `logprob` gets a gradient, once and in reverse mode: forward mode and second derivatives
-    see a constant. Sums over tokens are formed in fp64, in an order that depends on the row alone
-    (but for backend "torch" on CUDA, with rows of more than 2,048 tokens). A row without tokens has
-    the sum 0, and the mean 0.
+    see a constant. Sums over tokens are formed in fp64, in an order that depends on the row alone.
+    A row without tokens has the sum 0, and the mean 0.
 
     Offsets that do not rise from 0 to N are a ValueError on the CPU; on CUDA the check is
     `torch._assert_async`, which does not synchronise and fails at the next synchronisation.
